@@ -1,0 +1,156 @@
+"""Measure the Llama-7B shape (bf16, random weights) on one GPU: resident, all pages resident, and streamed with k=2, m=1.
+
+    python examples/benchmark_llama.py [--layers 32] [--json results.json]
+
+Everything happens in one process, so that the figures share one machine state:
+
+* *resident*: the ordinary model on the GPU under torch.compile (Inductor, whole graph);
+* *k=all*: the same segments as the streamed run, every page resident; the reference for bit-equality;
+* *streamed*: k=2, m=1; every layer crosses the link once per iteration;
+* *link*: the streamed run's own pages copied back to back, nothing else running.
+
+The floor of a streamed iteration is max(resident iteration, bytes moved / link rate). Times are medians of CUDA events
+around whole iterations after warm-up; memory is ``torch.cuda.max_memory_allocated`` over the timed iterations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import transformers
+from torch import Tensor
+
+import spcompile
+
+CASES = {"1 token": (1, 1), "8 x 2048 tokens": (8, 2048)}
+ITERATIONS = {"1 token": 15, "8 x 2048 tokens": 7}
+WARM_UP = 3
+
+
+@dataclass
+class Measured:
+    """One line of the table."""
+
+    milliseconds: float
+    peak_bytes: int
+    first_call_s: float
+    logits: Tensor
+
+
+def build(layers: int) -> torch.nn.Module:
+    """The Llama-7B shape on the GPU with random bf16 weights."""
+    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
+    with torch.device("cuda"), torch.random.fork_rng(["cuda"]):
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+def measure(call: Callable[[], Tensor], iterations: int) -> Measured:
+    """Median iteration time and peak memory of a call, after its first (compiling) call."""
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    first_call_s = time.perf_counter() - started
+    for _ in range(WARM_UP):
+        logits = call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]
+    events[0].record()
+    for event in events[1:]:
+        logits = call()
+        event.record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+    return Measured(statistics.median(times), torch.cuda.max_memory_allocated(), first_call_s, logits.clone())
+
+
+def measure_link(plan: spcompile.Plan) -> float:
+    """Bytes per second of the plan's pages, copied back to back from pinned memory into two slots."""
+    largest = max(page.nbytes for page in plan.pages)
+    host = torch.empty(2, largest, dtype=torch.uint8, pin_memory=True)
+    slots = torch.empty(2, largest, dtype=torch.uint8, device="cuda")
+    host.fill_(1)
+    rates = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for index, interval in enumerate(plan.intervals):
+            nbytes = plan.pages[interval.page].nbytes
+            slots[index % 2, :nbytes].copy_(host[index % 2, :nbytes], non_blocking=True)
+        end.record()
+        torch.cuda.synchronize()
+        rates.append(plan.bytes_moved / (start.elapsed_time(end) / 1e3))
+    return statistics.median(rates)
+
+
+def measure_all(model: torch.nn.Module, options: dict[str, object] | None) -> dict[str, Measured]:
+    """Every case with the ordinary compiler (options None) or with the superpipeline backend."""
+    results = {}
+    for case, shape in CASES.items():
+        torch._dynamo.reset()
+        if options is None:
+            fast = torch.compile(model, dynamic=False)
+        else:
+            fast = torch.compile(model, backend="superpipeline", options=options, dynamic=False)
+        torch.manual_seed(1)
+        tokens = torch.randint(0, model.config.vocab_size, shape, device="cuda")
+
+        def call(fast: Callable[..., object] = fast, tokens: Tensor = tokens) -> Tensor:
+            with torch.no_grad():
+                logits: Tensor = fast(tokens, use_cache=False, logits_to_keep=1).logits  # type: ignore[attr-defined]
+            return logits
+
+        results[case] = measure(call, ITERATIONS[case])
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--json", help="also write the figures to this file")
+    arguments = parser.parse_args()
+
+    model = build(arguments.layers)
+    resident = measure_all(model, None)
+    started = time.perf_counter()
+    model = spcompile.offload(model)
+    offload_s = time.perf_counter() - started
+    torch.cuda.empty_cache()
+    streamed = measure_all(model, {"k": 2, "m": 1})
+    plan = spcompile.plan(model)
+    every = measure_all(model, {"k": len(plan.pages)})
+    link = measure_link(plan)
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"weights {plan.weights_bytes / 1e9:.2f} GB, moved {plan.bytes_moved / 1e9:.2f} GB per iteration,", end=" ")
+    print(f"link {link / 1e9:.1f} GB/s, offload {offload_s:.1f} s")
+    print(f"{'case':18}{'run':12}{'ms':>9}{'/ floor':>9}{'/ resident':>12}{'peak GB':>9}{'first s':>9}  bit-equal to k=all")
+    rows = []
+    for case in CASES:
+        floor_ms = max(resident[case].milliseconds, plan.bytes_moved / link * 1e3)
+        for name, result in (("resident", resident[case]), ("k=all", every[case]), ("k=2, m=1", streamed[case])):
+            equal = torch.equal(result.logits, every[case].logits)
+            ratio = result.milliseconds / resident[case].milliseconds
+            print(
+                f"{case:18}{name:12}{result.milliseconds:9.2f}{result.milliseconds / floor_ms:9.3f}{ratio:12.3f}"
+                f"{result.peak_bytes / 1e9:9.2f}{result.first_call_s:9.1f}  {'yes' if equal else 'no'}"
+            )
+            fields = {key: value for key, value in asdict(result).items() if key != "logits"}
+            rows.append({"case": case, "run": name, "floor_ms": floor_ms, "bit_equal": equal, **fields})
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"rows": rows, "link_bytes_per_s": link, "bytes_moved": plan.bytes_moved}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

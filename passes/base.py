@@ -1,0 +1,130 @@
+"""What the passes share: the program they hand on, and the names of what they note on nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from spcompile.graph import is_cast, is_view, memory_roots, written_inputs
+from spcompile.ir import Page, Plan, Weight
+from spcompile.options import Options
+
+LAYER = "spcompile_layer"
+"""``node.meta`` key: label of the layer that the node belongs to, or None outside the layers. Set by ``find_layers``."""
+
+SEGMENT = "spcompile_segment"
+"""``node.meta`` key: index of the segment (= step) that the node goes into. Set by ``make_schedule``."""
+
+IN_PLACE = "spcompile_in_place"
+"""``node.meta`` key: true for a view of a weight that only the output sees. It stays in the outer graph, on the
+placeholder, and costs nothing. Set by ``sink_weight_views``."""
+
+STEP = "spcompile_step"
+"""``node.meta`` key of a segment call in the outer graph: its step. Set by ``split_segments``."""
+
+
+@dataclass(frozen=True)
+class WeightInput:
+    """What is known of a placeholder that carries a weight.
+
+    Attributes:
+        weight: the storage it looks at.
+        path: where the module tree holds it, in Dynamo's spelling without brackets (``L['self'].layers.0.fc.weight``),
+            or "" where it has no name.
+    """
+
+    weight: Weight
+    path: str
+
+
+@dataclass
+class Program:
+    """One captured graph on its way through the passes.
+
+    Attributes:
+        module: the ATen graph; after ``split_segments`` the outer graph that calls segments.
+        weights: by name of the placeholder. Several placeholders may share one weight.
+        options: what the user asked for.
+        device: compute device as text.
+        wraps: whether the end of an iteration may prefetch for the next one (not in training).
+        capacity_bytes: device memory that weights may take where no k is given; None: all of it.
+        known_pages: pages that earlier graphs of the same model made; a weight never changes its page.
+        known_residents: names of pages that earlier graphs keep on the device.
+        plan: filled in by ``make_schedule``.
+        page_inputs: per streamed page, the placeholders that its load stands for, in the order of the tuple that it
+            returns; filled in by ``insert_transfers``.
+    """
+
+    module: fx.GraphModule
+    weights: dict[str, WeightInput]
+    options: Options
+    device: str
+    wraps: bool
+    capacity_bytes: int | None = None
+    known_pages: tuple[Page, ...] = ()
+    known_residents: frozenset[str] = frozenset()
+    plan: Plan | None = None
+    page_inputs: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def weight_nodes(self) -> dict[fx.Node, WeightInput]:
+        """The placeholders that carry weights, in order."""
+        nodes = self.graph.find_nodes(op="placeholder")
+        return {node: self.weights[node.name] for node in nodes if node.name in self.weights}
+
+    def planned(self) -> Plan:
+        """The plan; only for passes after ``make_schedule``."""
+        assert self.plan is not None, "make_schedule has not run"
+        return self.plan
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One entry of the pipeline: a name for messages and dumps, and the function that rewrites the program in place."""
+
+    run: Callable[[Program], None] = dataclasses.field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+def written_weights(program: Program) -> frozenset[Weight]:
+    """Weights that the graph itself updates. They are read and written in place, never through a slot."""
+    weights = program.weight_nodes()
+    roots = memory_roots(program.graph.nodes)
+    return frozenset(
+        weights[root].weight
+        for node in program.graph.nodes
+        for destination in written_inputs(node)
+        for root in roots[destination]
+        if root in weights
+    )
+
+
+def paged_inputs(program: Program) -> dict[fx.Node, int]:
+    """The placeholders that are read through a page, each with the page's index in the plan, in order."""
+    written = written_weights(program)
+    page_of = {weight.name: index for index, page in enumerate(program.planned().pages) for weight in page.weights}
+    return {
+        node: page_of[each.weight.name]
+        for node, each in program.weight_nodes().items()
+        if each.weight.name in page_of and each.weight not in written
+    }
+
+
+def weight_views(program: Program) -> dict[fx.Node, None]:
+    """The nodes that derive from one weight alone by views and casts, in order."""
+    weights = program.weight_nodes()
+    derived: dict[fx.Node, None] = {}
+    for node in program.graph.nodes:
+        inputs = node.all_input_nodes
+        if len(inputs) == 1 and (inputs[0] in weights or inputs[0] in derived) and (is_view(node) or is_cast(node)):
+            derived[node] = None
+    return derived

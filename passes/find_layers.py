@@ -1,0 +1,296 @@
+"""Every node gets the label of its layer, or None outside the layers.
+
+Why here: the graph is final (views and write-backs are where they belong), and nothing has been cut yet.
+
+Three sources, in this order:
+
+1. **The module tree**, from the names of the weights. Children of one module that are numbered (``layers.0``,
+   ``block1``) and hold alike weights are layers; the search goes from the root down and stops at the first such group, so
+   experts inside a layer do not split it, while stages of differing width (ConvNeXt, Swin) are entered and their
+   blocks found. A node belongs to the layer in whose path its ``nn_module_stack`` lies.
+2. **Narrow cuts**, where the weights have no such names: nodes that every path from input to output passes through (the
+   dominators of the data flow, networkx) end a part; parts that repeat in a cycle are joined into one layer.
+3. **Width**, where one part still holds most of the weights (skip connections over the whole depth): it is cut
+   between consecutive readers of weights, wherever fewest tensors cross.
+
+    add_6 = add(embedding, mm_3)        # layers.0
+    pow_2 = pow(add_6, 2)               # layers.0
+    t_9 = t(w_9)                        # layers.1
+
+Nodes without a stack (sums that autograd made, moved write-backs) take the label of the node before them; cheap
+constants (``full``, ``arange``) are copied to each layer that reads them, so that they tie no layers together and identical
+layers stay identical.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import networkx
+from torch import fx
+
+from spcompile.graph import is_deterministic_source, is_scalar, tensors_of
+from spcompile.passes.base import LAYER, Program, weight_views
+
+SIMILAR = 0.5
+"""Numbered siblings are layers when two of them share at least this part of their weights (relative name and bytes).
+The first T5 block has one weight more than the others, the first block of a ResNet stage a projection: 0.5 keeps both."""
+
+DOMINANT = 0.5
+"""A part that holds more than this of all weight bytes, while there are others to be had, is cut by width."""
+
+Signature = frozenset[tuple[str, int]]
+
+
+def find_layers(program: Program) -> None:
+    """Write ``node.meta[LAYER]`` on every node that is not a placeholder or the output."""
+    _tuck_getitems(program)
+    layer_paths = find_layer_paths((each.path, each.weight.nbytes) for each in program.weights.values() if each.path)
+    if layer_paths:
+        _label_by_module(program, layer_paths)
+    else:
+        _label_by_structure(program)
+    _label_weight_views(program)
+    _copy_constants_to_readers(program)
+
+
+def _tuck_getitems(program: Program) -> None:
+    """Put every getitem right behind its producer: only tensors may cross a cut, never a list of them."""
+    for node in list(program.graph.nodes):
+        items = [user for user in node.users if user.target is operator.getitem and user.op == "call_function"]
+        for item in sorted(items, reverse=True):
+            node.append(item)
+
+
+def find_layer_paths(weights: Iterable[tuple[str, int]]) -> frozenset[str]:
+    """Paths of the layers in a module tree that is given as (path of a weight, its bytes)."""
+    found: set[str] = set()
+    _search(sorted(set(weights)), "", found)
+    return frozenset(found)
+
+
+def _search(weights: Sequence[tuple[str, int]], prefix: str, found: set[str]) -> None:
+    """``weights`` are those below ``prefix``, with paths relative to it."""
+    children: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for path, nbytes in weights:
+        child, dot, rest = path.partition(".")
+        if dot:
+            children[child].append((rest, nbytes))
+    groups: dict[str, list[str]] = defaultdict(list)
+    for child in children:
+        match = re.fullmatch(r"(.*?)(\d+)", child)
+        if match:
+            groups[match[1]].append(child)
+    layers: set[str] = set()
+    for stem, members in groups.items():
+        if _alike(stem, [frozenset(children[member]) for member in members]):
+            layers.update(members)
+    for child, below in children.items():
+        path = f"{prefix}{child}"
+        if child in layers:
+            found.add(path)
+        else:
+            _search(below, f"{path}.", found)
+
+
+def _alike(stem: str, signatures: list[Signature]) -> bool:
+    if len(signatures) == 1:  # a list of one block (ALBERT, or a model shrunk to one layer); a lone leaf is no layer
+        return stem == "" and any("." in name for name, _ in signatures[0])
+    counts: dict[Signature, int] = defaultdict(int)
+    for signature in signatures:
+        counts[signature] += 1
+    if max(counts.values()) > 1:
+        return True
+    distinct = list(counts)
+    return any(
+        len(one & other) >= SIMILAR * len(one | other)
+        for index, one in enumerate(distinct)
+        for other in distinct[index + 1 :]
+    )
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Path of the innermost module that the node was traced in, or None where tracing recorded none."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return None
+    path: str = list(stack.values())[-1][0]
+    return re.sub(r"@\d+", "", path)  # Dynamo numbers the calls of a module that runs several times
+
+
+def _label_by_module(program: Program, layer_paths: frozenset[str]) -> None:
+    label: str | None = None
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.target is operator.getitem:  # it lies behind its producer, and belongs there
+            node.meta[LAYER] = label
+            continue
+        path = module_path(node)
+        if path is not None:
+            label = _layer_of(path, layer_paths)
+        node.meta[LAYER] = label
+
+
+def _layer_of(path: str, layer_paths: frozenset[str]) -> str | None:
+    parts = path.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return next((prefix for prefix in prefixes if prefix in layer_paths), None)
+
+
+def _label_weight_views(program: Program) -> None:
+    """A view or cast of a weight belongs to its reader, wherever the weight comes from."""
+    for node in reversed(weight_views(program)):
+        readers = [user for user in node.users if user.op != "output"]
+        node.meta[LAYER] = readers[0].meta[LAYER] if readers else None
+
+
+def _label_by_structure(program: Program) -> None:
+    views = weight_views(program)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function" and node not in views]
+    reads = _weight_bytes_read(program, views)
+    ends = _narrow_cuts(program, nodes)
+    parts = _drop_weightless(_split_after(nodes, ends), reads)
+    total_bytes = sum(reads[node] for node in nodes)
+    parts = [piece for part in parts for piece in _cut_by_width(part, reads, total_bytes)]
+    parts = _join_cycles(parts, program)
+    for index, part in enumerate(parts):
+        for node in part:
+            producer = node.args[0] if node.target is operator.getitem else None
+            inherited = isinstance(producer, fx.Node) and LAYER in producer.meta
+            node.meta[LAYER] = producer.meta[LAYER] if inherited else f"part.{index}" if len(parts) > 1 else None
+
+
+def _weight_bytes_read(program: Program, views: dict[fx.Node, None]) -> dict[fx.Node, int]:
+    """Bytes of the weights that each node reads, directly or through views."""
+    behind = {node: each.weight.nbytes for node, each in program.weight_nodes().items()}
+    for node in views:
+        behind[node] = behind[node.all_input_nodes[0]]
+    return {node: sum(behind.get(source, 0) for source in node.all_input_nodes) for node in program.graph.nodes}
+
+
+def _narrow_cuts(program: Program, nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """Nodes that every path of activations from the inputs to the outputs passes through."""
+    output = program.graph.output_node()
+    flow = networkx.DiGraph()
+    flow.add_edges_from(
+        (node, user)
+        for node in program.graph.nodes
+        if node.name not in program.weights and not is_scalar(node) and not is_deterministic_source(node)
+        for user in node.users
+        if not (user is output and node.op == "placeholder")
+    )
+    from_activations = _reachable_from_activations(program)
+    flow.remove_nodes_from([node for node in flow if node not in from_activations and node is not output])
+    source = "inputs"
+    flow.add_edges_from((source, node) for node in list(flow) if flow.in_degree(node) == 0)
+    if output not in flow or source not in flow:
+        return frozenset()
+    dominators = networkx.immediate_dominators(flow, source)
+    cuts, node = set(), dominators.get(output)
+    while node is not None and node != source and dominators.get(node) != node:
+        cuts.add(node)
+        node = dominators.get(node)
+    return frozenset(cut for cut in cuts if isinstance(cut, fx.Node) and cut.op == "call_function" and len(tensors_of(cut)) == 1)
+
+
+def _reachable_from_activations(program: Program) -> frozenset[fx.Node]:
+    """Nodes that depend on an input of the graph that is no weight."""
+    reached: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in program.weights and not is_scalar(node):
+                reached.add(node)
+        elif any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return frozenset(reached)
+
+
+def _split_after(nodes: Sequence[fx.Node], ends: frozenset[fx.Node]) -> list[list[fx.Node]]:
+    parts: list[list[fx.Node]] = [[]]
+    for node in nodes:
+        parts[-1].append(node)
+        if node in ends:
+            parts.append([])
+    return [part for part in parts if part]
+
+
+def _drop_weightless(parts: list[list[fx.Node]], reads: dict[fx.Node, int]) -> list[list[fx.Node]]:
+    """Join each part that reads no weight to the one before it (the first ones to the one behind)."""
+    joined: list[list[fx.Node]] = []
+    pending: list[fx.Node] = []
+    for part in parts:
+        if any(reads[node] for node in part):
+            joined.append(pending + part)
+            pending = []
+        elif joined:
+            joined[-1].extend(part)
+        else:
+            pending = pending + part
+    if pending:
+        joined.append(pending)
+    return joined
+
+
+def _cut_by_width(part: list[fx.Node], reads: dict[fx.Node, int], total_bytes: int) -> list[list[fx.Node]]:
+    """Cut a part that holds most of the weights between consecutive readers of weights, where fewest tensors cross."""
+    readers = [index for index, node in enumerate(part) if reads[node]]
+    if len(readers) < 4 or sum(reads[node] for node in part) <= DOMINANT * total_bytes:
+        return [part]
+    position = {node: index for index, node in enumerate(part)}
+    crossing = [0] * len(part)
+    for node in part:
+        last = max((position.get(user, len(part) - 1) for user in node.users), default=position[node])
+        for index in range(position[node], last):
+            crossing[index] += 1
+    ends = {
+        part[min(range(first, second), key=lambda index: (crossing[index], -index))]
+        for first, second in zip(readers, readers[1:], strict=False)
+    }
+    return _split_after(part, frozenset(ends))
+
+
+def _join_cycles(parts: list[list[fx.Node]], program: Program) -> list[list[fx.Node]]:
+    """Join parts that repeat in a cycle (attention, feed-forward, attention, ...) into one layer per cycle.
+
+    The shortest period that repeats at least twice, starting anywhere, and covers more than half of the parts wins.
+    """
+    shapes = [_shape_text(part, program) for part in parts]
+    count = len(parts)
+    for period in range(1, count // 2 + 1):
+        for start in range(period):
+            repeats = 1
+            while shapes[start : start + period] == shapes[start + repeats * period : start + (repeats + 1) * period]:
+                repeats += 1
+            covered = repeats * period
+            if repeats < 2 or 2 * covered <= count:
+                continue
+            if period == 1:
+                return parts
+            cycle = [sum(parts[at : at + period], []) for at in range(start, start + covered, period)]
+            return parts[:start] + cycle + parts[start + covered :]
+    return parts
+
+
+def _shape_text(part: list[fx.Node], program: Program) -> str:
+    return ";".join(f"{node.target}{[tuple(map(str, each.shape)) for each in tensors_of(node)]}" for node in part)
+
+
+def _copy_constants_to_readers(program: Program) -> None:
+    """Give each reading layer its own copy of a tensor that is made of nothing."""
+    for node in list(program.graph.nodes):
+        if not is_deterministic_source(node):
+            continue
+        copies: dict[object, fx.Node] = {node.meta[LAYER]: node}
+        for user in sorted(node.users):
+            label = user.meta.get(LAYER, node.meta[LAYER])
+            if label not in copies:
+                with program.graph.inserting_before(user):
+                    copies[label] = program.graph.node_copy(node)
+                copies[label].meta[LAYER] = label
+            user.replace_input_with(node, copies[label])
+        if not node.users:
+            program.graph.erase_node(node)

@@ -1,0 +1,84 @@
+"""The plan becomes nodes: prefetch, load and evict between the segment calls.
+
+Why here, and last: the outer graph now has one call per step, so the plan's schedule can be written down line by line.
+
+    before                              after
+    pack = pack(x, w_0, w_1)            begin = begin(runtime, [w_0, w_1, ...])
+    layers_0 = self.layers_0(pack)      prefetch = prefetch(runtime, 0, 'layers.0')
+    y = layers_0[0]                     load = load(runtime, 0, 'layers.0')
+                                        pack = pack(x, load)
+                                        layers_0 = self.layers_0(pack)
+                                        y = layers_0[0]
+                                        evict = evict(runtime, 0, 'layers.0')
+                                        prefetch_1 = prefetch(runtime, 0, 'layers.0', ahead=1)
+
+How: the actions of `Plan.actions` are inserted in their order, each in front of the call of its step. A streamed page's
+weights in a call become the tuple that its load returned; resident pages and leftovers stay what they were, arguments of
+the graph: their memory is on the device.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from spcompile import ops
+from spcompile.ir import Action, ActionKind
+from spcompile.passes.base import STEP, Program, paged_inputs
+
+RUNTIME = "runtime"
+"""Attribute of the outer graph module through which its nodes reach the runtime."""
+
+
+def insert_transfers(program: Program) -> None:
+    """Insert the transfer nodes and make the segment calls read what the loads return."""
+    plan, graph = program.planned(), program.graph
+    packs: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if ops.is_op(node, ops.pack):
+            packs.setdefault(node.meta[STEP], []).append(node)
+    paged = paged_inputs(program)
+    program.page_inputs = {
+        page: tuple(node.name for node, owner in paged.items() if owner == page)
+        for page in dict.fromkeys(interval.page for interval in plan.intervals)
+    }
+    if not plan.intervals:
+        return
+    anchors = [packs[step][0] for step in range(len(plan.steps))] + [graph.output_node()]
+    with graph.inserting_before(anchors[0]):
+        runtime = graph.create_node("get_attr", RUNTIME)
+        streamed = [node for page in program.page_inputs for node, owner in paged.items() if owner == page]
+        graph.call_function(ops.begin, (runtime, streamed))
+    loads: dict[int, fx.Node] = {}
+    for action in plan.actions():
+        if action.kind is ActionKind.RUN:
+            continue
+        anchor = anchors[action.step + 1 if action.kind is ActionKind.EVICT else action.step]
+        with graph.inserting_before(anchor):
+            node = _transfer(program, runtime, action)
+        if action.kind is ActionKind.LOAD and action.interval is not None:
+            loads[action.interval] = node
+    _read_loads(program, packs, paged, loads)
+
+
+def _transfer(program: Program, runtime: fx.Node, action: Action) -> fx.Node:
+    plan = program.planned()
+    assert action.interval is not None
+    page = plan.pages[plan.intervals[action.interval].page].name
+    kwargs = {"ahead": action.ahead} if action.ahead else {}
+    op = {ActionKind.PREFETCH: ops.prefetch, ActionKind.LOAD: ops.load, ActionKind.EVICT: ops.evict}[action.kind]
+    return program.graph.call_function(op, (runtime, action.interval, page), kwargs)
+
+
+def _read_loads(
+    program: Program, packs: dict[int, list[fx.Node]], paged: dict[fx.Node, int], loads: dict[int, fx.Node]
+) -> None:
+    plan = program.planned()
+    for step, nodes in packs.items():
+        load_of = {
+            plan.intervals[index].page: load
+            for index, load in loads.items()
+            if plan.intervals[index].start_step <= step < plan.intervals[index].end_step
+        }
+        for pack in nodes:
+            args = (load_of.get(paged[arg], arg) if arg in paged else arg for arg in pack.args)  # type: ignore[index]
+            pack.args = tuple(dict.fromkeys(args))

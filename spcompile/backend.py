@@ -1,0 +1,160 @@
+"""The torch.compile backend: from Dynamo's graph to what runs.
+
+``torch.compile(model, backend="superpipeline")`` calls `superpipeline` with a torch-level graph. Each ATen graph that comes
+of it goes the same way: the passes of ``pipeline``, its distinct segments compiled once, its weights placed as planned,
+and a runtime behind its transfer nodes. The outer graph that is printed is the one that runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import ShortenTraceback
+from torch.fx.graph import _BoxedCodeGen
+
+from spcompile.capture import Capture
+from spcompile.errors import OffloadError, OptionError, SuperpipelineError
+from spcompile.ir import Plan
+from spcompile.options import Options, parse_options
+from spcompile.passes.base import Program
+from spcompile.passes.insert_transfers import RUNTIME
+from spcompile.pipeline import run_passes
+from spcompile.runtime.emulated import run_emulated
+from spcompile.runtime.store import PageStore, tag_of
+from spcompile.runtime.streams import EmulatedStreams
+from spcompile.runtime.transfers import Transfers, WeightView
+from spcompile.segments import compile_segments
+from spcompile.text import format_bytes
+
+logger = logging.getLogger(__name__)
+
+BoxedCallable = Callable[[list[Any]], Any]
+
+
+class BackendError(ShortenTraceback, ValueError):
+    """A `SuperpipelineError` on its way through Dynamo, which shows it with a short traceback and its own text."""
+
+
+def superpipeline(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Backend of torch.compile; the README lists the options.
+
+    Raises:
+        BackendError: (a ValueError) an option is wrong, or the model cannot be run as it stands.
+    """
+    try:
+        return _Compiler(gm, example_inputs, parse_options(options, mode)).compile()
+    except SuperpipelineError as error:
+        raise BackendError(str(error), first_useful_frame=sys._getframe()) from error
+
+
+class _Compiler:
+    """Compiles what one graph of Dynamo becomes: an inference graph, or a forward graph and later its backward."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
+        self.store = _find_store(example_inputs)
+        if options.device is not None and torch.device(options.device).type != self.store.device.type:
+            raise OptionError(
+                f"option 'device' is {options.device!r}, but the model was offloaded for {self.store.device}"
+            )
+        self.capture = Capture(gm, example_inputs, options, self.store.weight_of)
+        self.placements: list[Plan] = []
+        self.segments: dict[str, torch.nn.Module] = {}
+        self.traced = False
+
+    def compile(self) -> Callable[..., Any]:
+        compiled = self.capture.trace(inference=self._compile_inference, training=self._compile_training)
+        self.traced = True
+        self._place()
+        return compiled
+
+    def _compile_inference(self, module: fx.GraphModule, inputs: Sequence[Any]) -> BoxedCallable:
+        return self._compile_graph(module, wraps=True)
+
+    def _compile_training(self, module: fx.GraphModule, inputs: Sequence[Any]) -> BoxedCallable:
+        return self._compile_graph(module, wraps=False)
+
+    def _compile_graph(self, module: fx.GraphModule, *, wraps: bool) -> BoxedCallable:
+        store = self.store
+        program = self.capture.program(module, device=store.device, wraps=wraps, store=store)
+        views = self._weight_views(program)
+        run_passes(program)
+        plan = program.planned()
+        store.add_pages(plan.pages)
+        compile_segments(program.module, program.options.compiler, shared=store.segments, own=self.segments)
+        page_inputs = {page: [views[name] for name in names] for page, names in program.page_inputs.items()}
+        runtime = Transfers(plan, store, page_inputs)
+        self.placements.append(plan)
+        if self.traced:  # a backward, compiled at the first .backward()
+            self._place()
+        _report(plan)
+        return _runnable(program.module, runtime, store)
+
+    def _weight_views(self, program: Program) -> dict[str, WeightView]:
+        views = {}
+        for node, each in program.weight_nodes().items():
+            tensor = self.capture.example_of(node)
+            assert tensor is not None
+            views[node.name] = WeightView(
+                each.weight.name, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+            )
+        return views
+
+    def _place(self) -> None:
+        """Move weights to where the plans want them. Only after tracing: it swaps the parameters' memory."""
+        for plan in self.placements:
+            self.store.place(plan)
+        self.placements.clear()
+
+
+def _find_store(example_inputs: Sequence[Any]) -> PageStore:
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    stores = list(dict.fromkeys(tag.store for tag in map(tag_of, tensors) if tag is not None))
+    if len(stores) == 1:
+        return stores[0]
+    if len(stores) > 1:
+        raise OffloadError("this graph reads weights of two models that were offloaded apart: offload one module that holds both")
+    if any(isinstance(value, torch.nn.Parameter) for value in tensors):
+        raise OffloadError("the model is not offloaded: call spcompile.offload(model) before torch.compile runs it")
+    return PageStore.empty(next((value.device for value in tensors), torch.device("cpu")))
+
+
+def _runnable(module: fx.GraphModule, runtime: Transfers, store: PageStore) -> BoxedCallable:
+    """The outer graph as a function that takes, and empties, one list of arguments."""
+    streams = store.arena.streams
+    setattr(module, RUNTIME, runtime)
+    module.graph.lint()
+
+    if isinstance(streams, EmulatedStreams):
+
+        def run(args: list[Any]) -> Any:
+            return run_emulated(module, runtime, streams, args)
+
+    else:
+        module.graph.set_codegen(_BoxedCodeGen())
+        module.recompile()
+
+        def run(args: list[Any]) -> Any:
+            return module.forward(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd's calling convention
+    return run
+
+
+def _report(plan: Plan) -> None:
+    streamed = len(plan.pages) - len(plan.residents)
+    logger.info(
+        "%d steps, %d pages: %d resident, %d streamed through k=%d slots (m=%d); %s of %s weights on %s, %s moved per iteration",
+        len(plan.steps), len(plan.pages), len(plan.residents), streamed, plan.k, plan.m,
+        format_bytes(plan.peak_weight_bytes), format_bytes(plan.weights_bytes), plan.device, format_bytes(plan.bytes_moved),
+    )

@@ -1,0 +1,140 @@
+"""From Dynamo's graph to the programs that the passes work on.
+
+AOTAutograd turns Dynamo's torch-level graph into ATen graphs: one for inference, or one forward and (at the first
+``.backward()``) one backward. A `Capture` runs it with the right decompositions and makes a `Program` of each graph, which
+needs to know which placeholders are weights. AOTAutograd notes on each placeholder the index of Dynamo's input; that input's
+example is the model's own parameter, and its storage is the weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor.virtualized import V
+
+from spcompile.graph import activation_bound_bytes
+from spcompile.ir import Weight
+from spcompile.options import Options
+from spcompile.partition import partition
+from spcompile.passes.base import Program, WeightInput
+from spcompile.runtime.host import free_device_bytes
+from spcompile.runtime.store import PageStore
+
+MARGIN_FRACTION = 0.05
+"""Part of the device's free memory that a plan without k leaves alone: fragmentation, workspaces of libraries."""
+
+GraphCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+class Capture:
+    """One graph of Dynamo on its way through AOTAutograd.
+
+    Args:
+        gm: Dynamo's torch-level graph.
+        example_inputs: its inputs as they are at capture; parameters are the model's own.
+        options: what the user asked for.
+        weight_of: the weight that an example input looks at, given its path; None where it is no weight.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        options: Options,
+        weight_of: Callable[[Tensor, str], Weight | None],
+    ) -> None:
+        self.gm = gm
+        self.example_inputs = example_inputs
+        self.options = options
+        self.weights: dict[int, WeightInput] = {}
+        for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            example, path = example_inputs[index], module_path(node)
+            weight = weight_of(example, path) if isinstance(example, Tensor) else None
+            if weight is not None:
+                self.weights[index] = WeightInput(weight, path)
+
+    def trace(self, *, inference: GraphCompiler, training: GraphCompiler) -> Callable[..., Any]:
+        """Run AOTAutograd, which calls these with ATen graphs and their inputs."""
+        from torch._inductor.decomposition import select_decomp_table  # slow to import; only needed once compiling
+
+        aot = aot_autograd(
+            fw_compiler=training,
+            bw_compiler=training,
+            inference_compiler=inference,
+            partition_fn=partition(self.options.compiler, self.is_weight),
+            decompositions={} if self.options.compiler == "eager" else select_decomp_table(),
+            keep_inference_input_mutations=True,
+        )
+        fake_mode = detect_fake_mode(self.example_inputs)
+        with V.set_fake_mode(fake_mode), tracing(TracingContext.try_get() or TracingContext(fake_mode)):
+            compiled: Callable[..., Any] = aot(self.gm, self.example_inputs)
+            return compiled
+
+    def is_weight(self, placeholder: fx.Node) -> bool:
+        """Whether a placeholder of an ATen graph carries a weight."""
+        return input_index(placeholder) in self.weights
+
+    def example_of(self, placeholder: fx.Node) -> Tensor | None:
+        """The model's own tensor behind a placeholder that carries a weight."""
+        index = input_index(placeholder)
+        return self.example_inputs[index] if index is not None and index in self.weights else None
+
+    def program(
+        self, module: fx.GraphModule, *, device: torch.device, wraps: bool, store: PageStore | None
+    ) -> Program:
+        """What the passes need to know of one ATen graph. ``store`` is None for a model that is not offloaded."""
+        weights = {}
+        for node in module.graph.find_nodes(op="placeholder"):
+            index = input_index(node)
+            if index is not None and index in self.weights:
+                weights[node.name] = self.weights[index]
+        program = Program(module, weights, self.options, str(device), wraps)
+        free_bytes = free_device_bytes(device)
+        if store is not None:
+            program.known_pages = tuple(store.pages)
+            program.known_residents = frozenset(store.resident_pages())
+            free_bytes += store.device_bytes()  # what is placed already can be placed again
+        room_bytes = int(free_bytes * (1 - MARGIN_FRACTION)) - activation_bound_bytes(module.graph)
+        program.capacity_bytes = max(0, room_bytes)
+        return program
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """Index of Dynamo's input behind a placeholder of an ATen graph, or None (activations, gradients)."""
+    index = getattr(placeholder.meta.get("desc"), "idx", None)
+    return index if type(placeholder.meta.get("desc")).__name__ == "PlainAOTInput" else None
+
+
+def module_path(placeholder: fx.Node) -> str:
+    """Where the module tree holds the input of a Dynamo graph: ``L['self'].layers.0.fc.weight``; "" if unknown."""
+    argument = placeholder.meta.get("grapharg")
+    source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    text: str = name() if callable(name) else name  # a method in torch 2.11, a property later
+    return re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
+
+
+def storage_weights() -> Callable[[Tensor, str], Weight | None]:
+    """Weights of a model that is not offloaded: the storages of its parameters, named after the first path."""
+    seen: dict[int, Weight] = {}
+
+    def weight_of(example: Tensor, path: str) -> Weight | None:
+        storage = example.untyped_storage()
+        known = seen.get(storage._cdata)
+        if known is None and isinstance(example, torch.nn.Parameter):
+            known = seen[storage._cdata] = Weight(readable_path(path) or f"weight.{len(seen)}", storage.nbytes())
+        return known
+
+    return weight_of
+
+
+def readable_path(path: str) -> str:
+    """A path of the module tree without Dynamo's ``L['self'].``."""
+    return re.sub(r"^L\['(?:self'\]\.)?", "", path).replace("']", "")
+

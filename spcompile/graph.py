@@ -1,0 +1,173 @@
+"""Readers of ATen graphs: what a node aliases, writes, and depends on. They change nothing.
+
+What may alias what is read from the operators' schemas, never from names: a new view op in torch is understood the day
+it appears.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+SCALARS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+"""Operators that only change the dtype of a tensor (`_to_copy` is checked for its other arguments)."""
+
+
+def value_of(node: fx.Node) -> object:
+    """The fake value that tracing recorded, or None."""
+    return node.meta.get("val")
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Whether the node is a number (a size, say) and not a tensor: such nodes stay in the outer graph."""
+    return isinstance(value_of(node), SCALARS)
+
+
+def tensors_of(node: fx.Node) -> tuple[torch.Tensor, ...]:
+    """The fake tensors that a node produces: none for scalars, several for multi-output operators."""
+    value = value_of(node)
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    if isinstance(value, (tuple, list)):
+        return tuple(item for item in value if isinstance(item, torch.Tensor))
+    return ()
+
+
+def _schema(node: fx.Node) -> torch._C.FunctionSchema | None:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema
+    return None
+
+
+def _matched(node: fx.Node, *, written: bool) -> list[fx.Node]:
+    schema = _schema(node)
+    if schema is None:
+        return []
+    found: list[fx.Node] = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or argument.alias_info.is_write != written:
+            continue
+        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        found.extend(item for item in _flat(value) if isinstance(item, fx.Node))
+    return found
+
+
+def _flat(value: object) -> Iterable[object]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def written_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs that the node writes into (the destination of ``copy_``)."""
+    return _matched(node, written=True)
+
+
+def aliased_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs that the node's output may share memory with."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return aliased_inputs(source) if _schema(source) is not None else [source]
+    return _matched(node, written=False) + written_inputs(node)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node is a view of an input: shares its memory, computes nothing, writes nothing."""
+    if node.op != "call_function" or written_inputs(node):
+        return False
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and is_view(source)
+    return bool(aliased_inputs(node))
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether the node only changes the dtype of its input."""
+    if node.op != "call_function" or node.target not in CASTS:
+        return False
+    return all(name in ("dtype", "memory_format") for name in node.kwargs)
+
+
+def is_deterministic_source(node: fx.Node) -> bool:
+    """Whether the node makes the same tensor out of nothing each time (``full``, ``iota``): cheap to repeat anywhere."""
+    schema = _schema(node)
+    if schema is None or node.op != "call_function" or any(True for _ in node.all_input_nodes):
+        return False
+    return not schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+
+
+def memory_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For each node, the nodes that own the memory it may share (itself where it owns its memory)."""
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in nodes:
+        sources = [root for source in aliased_inputs(node) for root in roots.get(source, ())]
+        roots[node] = frozenset(sources) if sources else frozenset((node,))
+    return roots
+
+
+def nbytes_of(tensor: torch.Tensor) -> int:
+    """Bytes of a fake tensor's elements; symbolic sizes count with their hints."""
+    numel = tensor.numel()
+    if isinstance(numel, torch.SymInt):
+        hint = numel.node.hint
+        numel = hint if hint is not None else 0
+    return int(numel) * tensor.element_size()
+
+
+def activation_bound_bytes(graph: fx.Graph) -> int:
+    """An upper bound of what the graph's intermediate tensors need at once, before any fusion.
+
+    Liveness over the nodes in program order; memory is counted at its owner, freed after the last node that may see it.
+    """
+    roots = memory_roots(graph.nodes)
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for seen in (node, *node.all_input_nodes):
+            for root in roots[seen]:
+                last_use[root] = node
+    freed_after: dict[fx.Node, list[fx.Node]] = {}
+    for root, node in last_use.items():
+        freed_after.setdefault(node, []).append(root)
+    live = peak = 0
+    sizes = {node: sum(map(nbytes_of, tensors_of(node))) for node in graph.nodes if node.op == "call_function"}
+    for node in graph.nodes:
+        live += sizes.get(node, 0) if node in roots[node] else 0
+        peak = max(peak, live)
+        live -= sum(sizes.get(root, 0) for root in freed_after.get(node, ()))
+    return peak
+
+
+def format_graph(graph: fx.Graph) -> list[str]:
+    """One line per node, in order: ``mm = aten.mm.default(view, t)  # f32[8, 16]``. Stable, for tests and messages."""
+    return [_format_node(node) for node in graph.nodes]
+
+
+def _format_node(node: fx.Node) -> str:
+    note = ", ".join(_format_value(value) for value in tensors_of(node))
+    comment = f"  # {note}" if note else ""
+    if node.op == "placeholder":
+        return f"{node.name}: input{comment}"
+    if node.op == "get_attr":
+        return f"{node.name} = self.{node.target}"
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    args = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
+    target = f"self.{node.target}" if node.op == "call_module" else _format_target(node.target)
+    return f"{node.name} = {target}({', '.join(args)}){comment}"
+
+
+def _format_target(target: object) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _format_value(tensor: torch.Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind}[{', '.join(map(str, tensor.shape))}]"

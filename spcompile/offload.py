@@ -1,0 +1,241 @@
+"""Move a model's weights to host memory and back: `offload`, `restore`, `refresh`.
+
+An offloaded model is still an ordinary model. Its parameters are the same objects and are tensors of the compute
+device, whose memory happens to be on the host; eager code, optimizers, hooks and checkpoints work, over the link and
+therefore slowly, until torch.compile streams the weights.
+
+Weights are moved by *storage*, so tied parameters stay tied and views of one flat storage stay views of one. They are
+packed one behind the other, in the order of ``named_parameters``, so that the weights of a layer are one stretch of
+memory and can be copied in one go. Blocks are filled one at a time and the originals go as soon as their block is
+ready, so a model that is on the host already needs room for about one block more, not for a second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from spcompile.errors import OffloadError
+from spcompile.ir import align
+from spcompile.runtime.host import HostBlock, check_host_memory, compute_device
+from spcompile.runtime.store import (
+    PageStore,
+    StoredWeight,
+    Tag,
+    look_at,
+    real_tensors,
+    tag_of,
+    untag,
+    watch_optimizers,
+)
+
+BLOCK_BYTES = 512 << 20
+"""A block is closed when the next weight would take it past this. Large enough that few pages cross from one block into
+the next; small enough as the extra memory that `offload` needs on its way."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """One storage of the model and all that looks at it. The storage itself is not held, so that it can go."""
+
+    name: str
+    nbytes: int
+    tensors: list[Tensor]
+
+    @property
+    def tag(self) -> Tag | None:
+        """The tag of a storage that is offloaded already."""
+        return next((tag for tag in map(tag_of, self.tensors) if tag is not None), None)
+
+
+def offload(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
+    """Move the parameters of a model to pinned host memory, in place, as tensors that the compute device reads there.
+
+    Parameters keep identity, shape, stride, dtype, ``requires_grad`` and aliasing; ``.grad`` stays what and where it
+    is. Buffers move to the compute device as ordinary tensors, except those that alias a parameter's storage. Weights
+    that are offloaded for this device already stay where they are, so a second call changes nothing.
+
+    Afterwards ``.to()``, ``.half()`` and the like make ordinary tensors of the weights they change, on the compute
+    device unless they name another, and so does ``copy.deepcopy``: `restore` first where the device has no room for
+    them.
+
+    Args:
+        model: on the CPU, on GPUs, or partly on each.
+        device: compute device; None takes CUDA where there is any. ``"cpu"``, or no CUDA, is the emulated device.
+
+    Returns:
+        The model.
+
+    Raises:
+        OffloadError: a weight is not a plain dense tensor, or host memory does not suffice. The model works as before.
+    """
+    target = compute_device(device)
+    _check_tensors(model)
+    watch_optimizers()
+    storages = _storages(model)
+    tags = [storage.tag for storage in storages]
+    stores = (tag.store for tag in tags if tag is not None and tag.store.device == target)
+    store = next(stores, None) or PageStore(target)
+    fresh = []
+    for storage, tag in zip(storages, tags, strict=True):
+        if tag is not None and tag.store.device == target:
+            _keep(store, storage, tag)
+        else:
+            fresh.append(storage)
+    check_host_memory(sum(storage.nbytes for storage in fresh if storage.tensors[0].device.type != "cpu"))
+    with ExitStack() as undo:
+        for places in _layout(fresh):
+            _fill_block(store, places, undo)
+        _move_others(model, target, undo)
+        undo.pop_all()
+    return model
+
+
+def restore(model: nn.Module, device: str | torch.device = "cpu") -> nn.Module:
+    """Make ordinary tensors of an offloaded model's weights again, in place, and of a model that is not offloaded too.
+
+    Each original storage becomes a storage of its own again; tied weights stay tied. The pinned memory is given back
+    once nothing looks at it any more. A model compiled while it was offloaded has to be compiled again.
+
+    Args:
+        model: any module; weights that others share with it are restored for those too.
+        device: where all its weights and buffers go.
+
+    Returns:
+        The model.
+
+    Raises:
+        OffloadError: there is no such device.
+    """
+    target = compute_device(device)
+    for tensor in _tensors(model):
+        tag = tag_of(tensor)
+        if tag is not None:
+            tag.store.release(tag.name, target)
+        untag(tensor)  # ``.half()`` and the like leave tags on tensors that look elsewhere
+    with ExitStack() as undo:
+        _move_others(model, target, undo)
+        undo.pop_all()
+    return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Say that weights may have been edited in a way that leaves no trace, as ``param.data.mul_(2)`` does.
+
+    Copies on the device count as stale from now on. Edits in place, optimizers and ``load_state_dict`` need no such
+    call.
+    """
+    stores = {tag.store for tag in map(tag_of, _tensors(model)) if tag is not None}
+    for store in stores:
+        store.touch()
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Raise for what cannot be moved, before anything is."""
+    for name, parameter in model.named_parameters():
+        problem = _problem(parameter)
+        if problem is not None:
+            raise OffloadError(f"cannot offload the weight {name!r}: {problem}")
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise OffloadError(f"cannot offload the model: the buffer {name!r} is on the meta device, it has no values")
+
+
+def _problem(tensor: Tensor) -> str | None:
+    """Why the bytes of a tensor's storage are not all there is to it; None for a plain dense tensor."""
+    if is_lazy(tensor):
+        return "it is not initialised yet; run the model once on an example"
+    if type(tensor.data) is not Tensor:
+        return f"it is a {type(tensor.data).__name__}, a tensor subclass; only plain tensors can be offloaded so far"
+    if tensor.is_meta:
+        return "it is on the meta device, it has no values"
+    if tensor.layout is not torch.strided:
+        return f"its layout is {tensor.layout}; only dense tensors can be offloaded"
+    if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return "it is quantized by torch, or a lazy conjugate or negative; make a plain tensor of it"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"it is on {tensor.device}; move the model to the CPU or to a CUDA device first"
+    return None
+
+
+def _storages(model: nn.Module) -> list[_Storage]:
+    """The storages of the parameters in order, each with the parameters and buffers that look at it."""
+    found: dict[int, _Storage] = {}
+    for name, parameter in model.named_parameters():
+        storage = parameter.untyped_storage()
+        found.setdefault(storage._cdata, _Storage(name, storage.nbytes(), [])).tensors.append(parameter)
+    for buffer in model.buffers():
+        if _problem(buffer) is None and buffer.untyped_storage()._cdata in found:
+            found[buffer.untyped_storage()._cdata].tensors.append(buffer)
+    return list(found.values())
+
+
+def _keep(store: PageStore, storage: _Storage, tag: Tag) -> None:
+    """A storage that is offloaded already: take it over if it is another store's (a part was offloaded by itself)."""
+    name = tag.name
+    if tag.store is not store:
+        name = store.free_name(storage.name)
+        store.adopt(tag.store, tag.name, name)
+    for tensor in storage.tensors:
+        store.attach(tensor, name)
+
+
+def _layout(storages: Iterable[_Storage]) -> Iterator[list[tuple[_Storage, int]]]:
+    """Blocks, each as its storages and their offsets in bytes."""
+    places: list[tuple[_Storage, int]] = []
+    end_bytes = 0
+    for storage in storages:
+        if places and end_bytes + storage.nbytes > BLOCK_BYTES:
+            yield places
+            places, end_bytes = [], 0
+        places.append((storage, end_bytes))
+        end_bytes = align(end_bytes + storage.nbytes)
+    if places:
+        yield places
+
+
+def _fill_block(store: PageStore, places: Sequence[tuple[_Storage, int]], undo: ExitStack) -> None:
+    """Copy storages into a block of their own and let everything that looks at them look there."""
+    last, last_offset_bytes = places[-1]
+    block = HostBlock(last_offset_bytes + last.nbytes, store.device)
+    with real_tensors():
+        block.fill([(offset_bytes, _bytes_of(storage.tensors[0])) for storage, offset_bytes in places])
+    for storage, offset_bytes in places:
+        origin = storage.tensors[0].device
+        weight = StoredWeight(store.free_name(storage.name), storage.nbytes, block, offset_bytes)
+        store.add(weight, storage.tensors)
+        undo.callback(store.release, weight.name, origin)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The whole storage of a tensor, uint8 ``[nbytes]``."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _move_others(model: nn.Module, device: torch.device, undo: ExitStack) -> None:
+    """Move what is not offloaded, as ordinary tensors; those that share a storage go on sharing one."""
+    copies: dict[int, Tensor] = {}
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and _problem(buffer) is not None and buffer.device != device:  # sparse, a subclass
+                undo.callback(module._buffers.__setitem__, key, buffer)
+                module._buffers[key] = buffer.to(device)
+    for tensor in _tensors(model):
+        if tensor.device == device or tag_of(tensor) is not None or _problem(tensor) is not None:
+            continue
+        undo.callback(setattr, tensor, "data", tensor.data)
+        key = tensor.untyped_storage()._cdata  # of a storage that the line above keeps alive
+        with real_tensors():
+            if key not in copies:
+                copies[key] = _bytes_of(tensor).to(device)
+            look_at(tensor, copies[key])

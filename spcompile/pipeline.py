@@ -1,0 +1,51 @@
+"""The compiler, as one tuple of passes.
+
+Each pass rewrites the `Program` in place. With ``verify`` on, the graph is checked behind every pass and the plan when it
+appears; what is found is shown as the printed graph or plan with a mark under the guilty line.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from spcompile.passes.base import Pass, Program
+from spcompile.passes.find_layers import find_layers
+from spcompile.passes.insert_transfers import insert_transfers
+from spcompile.passes.make_schedule import make_schedule
+from spcompile.passes.sink_mutations import sink_mutations
+from spcompile.passes.sink_weight_views import sink_weight_views
+from spcompile.passes.split_segments import split_segments
+from spcompile.text import format_plan
+from spcompile.verify.graphs import check_graph
+from spcompile.verify.plans import verify_plan
+from spcompile.verify.violations import raise_if_any
+
+logger = logging.getLogger(__name__)
+
+PASSES: tuple[Pass, ...] = (
+    Pass(sink_weight_views),  # views and casts of weights go to their readers, so that nothing outlives a page
+    Pass(sink_mutations),  # updates of inputs go beside their producers, so that caches are written in place
+    Pass(find_layers),  # every node learns its layer
+    Pass(make_schedule),  # segments, pages, slots and intervals: the plan
+    Pass(split_segments),  # the outer graph calls one module per segment
+    Pass(insert_transfers),  # prefetch, load and evict, as the plan says
+)
+
+
+def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
+    """Run the passes in order.
+
+    Raises:
+        OptionError: the plan that was asked for is impossible.
+        VerificationError: a pass broke a rule (a bug in this package, never the user's mistake).
+    """
+    for each in passes:
+        planned_before = program.plan is not None
+        each.run(program)
+        logger.debug("after %s:\n%s", each.name, program.graph)
+        if not program.options.verify:
+            continue
+        if program.plan is not None and not planned_before:
+            raise_if_any("the plan", format_plan(program.plan).splitlines(), verify_plan(program.plan))
+        names = {name: source.weight.name for name, source in program.weights.items()}
+        check_graph(program.module, program.plan, names, after=each.name, final=each is PASSES[-1])

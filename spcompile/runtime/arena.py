@@ -1,0 +1,110 @@
+"""One device block, reserved up front, and the account of what each place in it holds.
+
+All graphs of a model share the arena, each with slots of its own choosing, so the account is kept by byte range and not by
+slot: a `Tenant` is a page (and version) in a range, and whoever wants a range turns out every tenant that it touches.
+This is what makes a prefetch a hint (design.md, decision 6): `Arena.find` tells whether the wanted page is in place or
+on its way, whatever happened in between - another graph, an exception, a recompile.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spcompile.errors import OffloadError
+from spcompile.ir import ALIGNMENT_BYTES
+from spcompile.runtime.streams import Streams
+
+
+@dataclass(eq=False)
+class Tenant:
+    """A page in a range of the arena.
+
+    Attributes:
+        offset_bytes, nbytes: the range.
+        page: name of the page.
+        version: of the page's weights when the copy was issued.
+        ready: event behind the copy.
+        released: event behind the last reader, once evicted.
+        held: loaded and not yet evicted.
+    """
+
+    offset_bytes: int
+    nbytes: int
+    page: str
+    version: Hashable
+    ready: Any
+    released: Any = None
+    held: bool = False
+
+    def overlaps(self, offset_bytes: int, nbytes: int) -> bool:
+        """Whether the ranges share a byte."""
+        return self.offset_bytes < offset_bytes + nbytes and offset_bytes < self.offset_bytes + self.nbytes
+
+
+class Arena:
+    """The device block. It only grows, and never while a copy into it may be under way."""
+
+    def __init__(self, device: torch.device, streams: Streams) -> None:
+        self.device = device
+        self.streams = streams
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self.tenants: list[Tenant] = []
+        self.generation = 0
+        weakref.finalize(self, streams.synchronize).atexit = False  # a copy may be on its way into the block that dies
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the block at least this large. Growing moves it: what it held is forgotten, and ``generation`` goes up.
+
+        Raises:
+            OffloadError: the device has not this much memory.
+        """
+        if nbytes <= self.memory.numel():
+            return
+        self.streams.synchronize()
+        self.tenants.clear()
+        self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # give the old block back first
+        try:
+            memory = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise OffloadError(
+                f"no room on {self.device} for an arena of {nbytes:,} bytes: choose a smaller k, or free device memory"
+            ) from error
+        shift = -memory.data_ptr() % ALIGNMENT_BYTES
+        self.memory = memory[shift : shift + nbytes]
+        self.generation += 1
+        self.streams.freed(self.memory)
+        self.streams.side_wait(self.streams.compute_record())  # whoever had this memory before may still be at it
+
+    def find(self, offset_bytes: int, page: str, version: Hashable) -> Tenant | None:
+        """The tenant at this offset, if it is this page in this version and has not been evicted."""
+        for tenant in self.tenants:
+            if tenant.offset_bytes == offset_bytes and tenant.page == page and tenant.version == version:
+                return tenant if tenant.released is None else None
+        return None
+
+    def claim(self, offset_bytes: int, nbytes: int) -> list[Any]:
+        """Turn out every tenant of the range; returns the events of their last readers, which the copy must wait for."""
+        leaving = [tenant for tenant in self.tenants if tenant.overlaps(offset_bytes, nbytes)]
+        self.tenants = [tenant for tenant in self.tenants if not tenant.overlaps(offset_bytes, nbytes)]
+        for tenant in leaving:
+            assert not tenant.held, f"{tenant.page} is still in use at {offset_bytes}"
+        return [tenant.released for tenant in leaving if tenant.released is not None]
+
+    def add(self, tenant: Tenant) -> None:
+        """Enter a tenant whose range was claimed."""
+        self.tenants.append(tenant)
+
+    def release_all(self) -> None:
+        """Take back every slot that an iteration left held (it was cut short by an exception)."""
+        held = [tenant for tenant in self.tenants if tenant.held]
+        if not held:
+            return
+        event = self.streams.compute_record()
+        for tenant in held:
+            tenant.held, tenant.released = False, event

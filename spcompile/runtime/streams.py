@@ -1,0 +1,202 @@
+"""Two streams and the events between them: on a GPU, and on the emulated device.
+
+[Note: who waits for whom]
+    Weights are copied on a side stream while segments run on the compute stream. Two waits keep them apart, and
+    nothing else does:
+
+    1. *Compute waits for the copy.* A load makes the compute stream wait for the event recorded behind the copy.
+       Without it a segment reads a slot that is half written.
+    2. *The copy waits for the last reader.* An evict records an event on the compute stream; the next copy into that slot
+       makes the side stream wait for it. Without it the copy overwrites weights that a segment still reads: the host
+       runs far ahead of the GPU, so program order protects nothing.
+
+    Copies are issued on one side stream, so they do not overtake each other. The compute stream is whatever stream is
+    current at the moment of each call, never one remembered from before. ``record_stream`` is not used: slots are never
+    given back to the allocator while a plan lives.
+
+The **emulated device** has the CPU stand in for the GPU. Work is queued, not done: compute in one queue, copies in
+the other, exactly like a GPU whose host runs ahead by a whole iteration. `EmulatedStreams.drain` then executes the
+queues. Each copy runs at the earliest or at the latest moment that its waits allow, which a seeded generator decides; freed
+slots are filled with 0xFF at the moment compute frees them. So a wait that is missing in either direction reads poison
+or the wrong page under some seed. It cannot show hardware races or timing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+POISON = 0xFF
+"""Fills freed slots of the emulated device: NaN in every floating-point format that has one, -1 in the integers."""
+
+
+class Event(Protocol):
+    """Something that a stream can wait for."""
+
+
+class Streams(Protocol):
+    """What the runtime asks of a device. "side" is the copy stream, "compute" the current stream of the caller."""
+
+    def side_wait(self, event: Any) -> None: ...
+
+    def side_copy(self, target: Tensor, source: Tensor) -> None: ...
+
+    def side_record(self) -> Any: ...
+
+    def compute_wait(self, event: Any) -> None: ...
+
+    def compute_record(self) -> Any: ...
+
+    def freed(self, memory: Tensor) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class CudaStreams:
+    """The streams of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.side = torch.cuda.Stream(device)
+
+    def side_wait(self, event: torch.cuda.Event) -> None:
+        self.side.wait_event(event)
+
+    def side_copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self.side):
+            target.copy_(source, non_blocking=True)
+
+    def side_record(self) -> torch.cuda.Event:
+        return self.side.record_event()
+
+    def compute_wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def compute_record(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def freed(self, memory: Tensor) -> None:
+        """Nothing: only the emulated device poisons what is freed."""
+
+    def synchronize(self) -> None:
+        self.side.synchronize()
+
+
+class EmulatedEvent:
+    """An event of the emulated device: not yet, or done."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+
+class EmulatedStreams:
+    """Two queues and the seeded scheduler that drains them.
+
+    Args:
+        seed: decides for each copy whether it runs as early or as late as its waits allow.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.compute: deque[Callable[[], None] | EmulatedEvent] = deque()
+        self.side: deque[tuple[Callable[[], None] | EmulatedEvent, bool]] = deque()
+
+    def side_wait(self, event: EmulatedEvent) -> None:
+        self.side.append((event, True))
+
+    def side_copy(self, target: Tensor, source: Tensor) -> None:
+        self.side.append((lambda: _copy(target, source), self.random.random() < 0.5))
+
+    def side_record(self) -> EmulatedEvent:
+        event = EmulatedEvent()
+        self.side.append((lambda: setattr(event, "done", True), True))
+        return event
+
+    def compute_wait(self, event: EmulatedEvent) -> None:
+        self.compute.append(event)
+
+    def compute_record(self) -> EmulatedEvent:
+        event = EmulatedEvent()
+        self.compute.append(lambda: setattr(event, "done", True))
+        return event
+
+    def freed(self, memory: Tensor) -> None:
+        self.compute.append(lambda: _fill(memory))
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Queue a piece of compute."""
+        self.compute.append(work)
+
+    def drain(self) -> None:
+        """Execute all queued compute, and the copies that it waits for or that choose to come early.
+
+        Late copies that nothing waits for stay queued, as they would on a GPU at the end of an iteration. If a piece
+        of compute raises, the rest of the compute is dropped and its events count as done, so that the copies that wait
+        for them can still run.
+        """
+        try:
+            while self.compute:
+                self._run_early_copies()
+                self._step()
+            self._run_early_copies()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def synchronize(self) -> None:
+        """Execute everything that is queued."""
+        self.drain()
+        while self.side:
+            self._advance_side()
+
+    def _step(self) -> None:
+        head = self.compute[0]
+        if not isinstance(head, EmulatedEvent):
+            self.compute.popleft()()
+            return
+        while not head.done:
+            self._advance_side()
+        self.compute.popleft()
+
+    def _run_early_copies(self) -> None:
+        while self.side:
+            work, early = self.side[0]
+            if not early or (isinstance(work, EmulatedEvent) and not work.done):
+                return
+            self._advance_side()
+
+    def _advance_side(self) -> None:
+        if not self.side:
+            raise RuntimeError("emulated device: compute waits for a copy that was never issued")
+        work, _ = self.side[0]
+        if isinstance(work, EmulatedEvent):
+            if not work.done:
+                raise RuntimeError("emulated device: compute and copies wait for each other")
+        else:
+            work()
+        self.side.popleft()
+
+    def _abandon(self) -> None:
+        """Drop queued compute; what it would have recorded is done, as nothing of it will run any more."""
+        for work in self.compute:
+            if isinstance(work, EmulatedEvent):
+                work.done = True
+        self.compute.clear()
+        for side_work, _ in self.side:
+            if isinstance(side_work, EmulatedEvent):
+                side_work.done = True
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def _fill(memory: Tensor) -> None:
+    with torch.no_grad():
+        memory.fill_(POISON)

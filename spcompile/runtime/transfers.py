@@ -1,0 +1,209 @@
+"""What the prefetch, load and evict nodes of one outer graph do.
+
+A `Transfers` belongs to one graph: it knows the plan and how each placeholder looks at its weight. The weights
+themselves, the arena and the streams belong to the page store, which all graphs of the model share and which lives as
+long as the model's tensors do; this side only holds it weakly, so compiled code never keeps a dead model's memory.
+
+An iteration:
+
+* ``begin`` frees what a broken iteration left behind, picks the phase whose slots fit what is already there, and looks whether
+  an argument is still the weight it was (a parameter that was given other memory is used as it is, without a slot).
+* ``prefetch`` and ``load`` differ in one thing: a load waits. Both start the copy only if the slot does not hold, or
+  is not receiving, the wanted page in its current version.
+* ``evict`` marks the slot as free from here on.
+
+See [Note: who waits for whom] in ``streams.py``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spcompile.errors import OffloadError
+from spcompile.ir import Interval, Plan
+from spcompile.runtime.arena import Arena, Tenant
+from spcompile.runtime.store import PageStore
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """How a placeholder looks at its weight: the storage's name, and size, stride and offset in elements."""
+
+    weight: str
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The view on another copy of the storage. ``memory``: uint8 ``[bytes of the storage]``."""
+        whole = memory.numel() - memory.numel() % self.dtype.itemsize
+        typed = memory[:whole].view(self.dtype)
+        return typed.as_strided(self.size, self.stride, typed.storage_offset() + self.storage_offset)
+
+
+class Transfers(torch.nn.Module):
+    """The runtime attribute of an outer graph.
+
+    Args:
+        plan: the plan of this graph.
+        store: where the weights live.
+        page_inputs: per streamed page, how the graph looks at its weights, in the order of the tuple that load returns.
+    """
+
+    def __init__(self, plan: Plan, store: PageStore, page_inputs: Mapping[int, Sequence[WeightView]]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.page_inputs = {page: tuple(views) for page, views in page_inputs.items()}
+        self.phase = plan.period - 1  # so that the first iteration has phase 0
+        self.bytes_moved = 0
+        self._store = weakref.ref(store)
+        store.add_runtime(self)
+        self._began: Any = None
+        self._foreign: dict[int, dict[int, Tensor]] = {}
+        self._versions: dict[int, Hashable] = {}
+        self._held: dict[int, Tenant] = {}
+        self._views: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._views_of = -1  # generation of the arena that _views look into
+
+    @property
+    def store(self) -> PageStore:
+        """The page store.
+
+        Raises:
+            OffloadError: the model was restored, or is gone.
+        """
+        store = self._store()
+        if store is None:
+            raise OffloadError(
+                "the weights of this compiled model are no longer offloaded: call spcompile.offload(model) and "
+                "torch.compile it again"
+            )
+        return store
+
+    def begin(self, weights: Sequence[Tensor]) -> None:
+        """See `spcompile.ops.begin`. ``weights``: one per entry of ``page_inputs``, in its order."""
+        store = self.store
+        arena = store.arena
+        arena.reserve(self.plan.arena_bytes)
+        arena.release_all()
+        if self._views_of != arena.generation:
+            self._views, self._views_of = {}, arena.generation
+        self._held.clear()
+        self._began = arena.streams.compute_record()
+        self._foreign = self._find_foreign(store, weights)
+        self._versions = {
+            page: store.version([weight.name for weight in self.plan.pages[page].weights]) for page in self.page_inputs
+        }
+        self.phase = self._fitting_phase(arena)
+        self.note("begin", self.phase)
+
+    def prefetch(self, interval: int, ahead: int) -> None:
+        """See `spcompile.ops.prefetch`."""
+        self._bring("prefetch", interval, (self.phase + ahead) % self.plan.period)
+
+    def load(self, interval: int) -> tuple[Tensor, ...]:
+        """See `spcompile.ops.load`. The tensors are views of the slot, in the order of ``page_inputs``."""
+        tenant = self._bring("load", interval, self.phase)
+        self.store.arena.streams.compute_wait(tenant.ready)
+        tenant.held = True
+        self._held[interval] = tenant
+        weights = self._slot_views(interval)
+        foreign = self._foreign.get(self.plan.intervals[interval].page)
+        if foreign:
+            weights = tuple(foreign.get(index, weight) for index, weight in enumerate(weights))
+        return weights
+
+    def evict(self, interval: int) -> None:
+        """See `spcompile.ops.evict`."""
+        arena = self.store.arena
+        tenant = self._held.pop(interval)
+        arena.streams.freed(arena.memory[tenant.offset_bytes : tenant.offset_bytes + tenant.nbytes])
+        tenant.released = arena.streams.compute_record()
+        tenant.held = False
+        self.note("evict", tenant.page, self.plan.intervals[interval].slots[self.phase])
+
+    def _bring(self, why: str, index: int, phase: int) -> Tenant:
+        """Make sure that the page is in its slot or on its way there; returns its tenant."""
+        store = self.store
+        arena = store.arena
+        interval = self.plan.intervals[index]
+        page, slot = self.plan.pages[interval.page], self.plan.slots[interval.slots[phase]]
+        version = self._versions[interval.page]
+        tenant = arena.find(slot.offset_bytes, page.name, version)
+        self.note(why, page.name, interval.slots[phase], "copy" if tenant is None else "hit")
+        if tenant is not None:
+            return tenant
+        for event in arena.claim(slot.offset_bytes, slot.nbytes):
+            arena.streams.side_wait(event)
+        if self._began is not None:  # what ran on the compute stream before may have written the weights themselves
+            arena.streams.side_wait(self._began)
+            self._began = None
+        for offset_bytes, source in store.pieces(page):
+            start = slot.offset_bytes + offset_bytes
+            arena.streams.side_copy(arena.memory[start : start + source.numel()], source)
+        self.bytes_moved += page.nbytes
+        tenant = Tenant(slot.offset_bytes, slot.nbytes, page.name, version, arena.streams.side_record())
+        arena.add(tenant)
+        return tenant
+
+    def _fitting_phase(self, arena: Arena) -> int:
+        """The phase whose slots hold most of the pages that the iteration starts with; normally just the next one."""
+        period = self.plan.period
+        following = (self.phase + 1) % period
+        first = [interval for interval in self.plan.intervals if interval.start_step <= 0]
+
+        def found(phase: int) -> int:
+            return sum(self._in_place(arena, interval, phase) for interval in first)
+
+        if period == 1 or found(following) == len(first):
+            return following
+        return max(((following + shift) % period for shift in range(period)), key=found)
+
+    def _in_place(self, arena: Arena, interval: Interval, phase: int) -> bool:
+        offset_bytes = self.plan.slots[interval.slots[phase]].offset_bytes
+        page = self.plan.pages[interval.page].name
+        return arena.find(offset_bytes, page, self._versions[interval.page]) is not None
+
+    def _find_foreign(self, store: PageStore, weights: Sequence[Tensor]) -> dict[int, dict[int, Tensor]]:
+        """Arguments that are not (or no longer) in the store's memory, by page and place in its tuple.
+
+        A parameter that was replaced, or given other memory through ``.data``, keeps its dtype, shape and device, so
+        nothing recompiles; its page holds an old value. It is used where it is.
+        """
+        foreign: dict[int, dict[int, Tensor]] = {}
+        arguments = iter(weights)
+        for page, views in self.page_inputs.items():
+            for index, view in enumerate(views):
+                argument = next(arguments)
+                expected = store.data_ptr(view.weight) + view.storage_offset * view.dtype.itemsize
+                if argument.data_ptr() != expected and argument.numel():
+                    foreign.setdefault(page, {})[index] = argument
+        return foreign
+
+    def _slot_views(self, index: int) -> tuple[Tensor, ...]:
+        key = (index, self.phase)
+        if key not in self._views:
+            self._views[key] = self._make_slot_views(self.plan.intervals[index])
+        return self._views[key]
+
+    def _make_slot_views(self, interval: Interval) -> tuple[Tensor, ...]:
+        page, slot = self.plan.pages[interval.page], self.plan.slots[interval.slots[self.phase]]
+        memory = self.store.arena.memory[slot.offset_bytes : slot.offset_bytes + slot.nbytes]
+        place = {
+            weight.name: memory[offset : offset + weight.nbytes]
+            for weight, offset in zip(page.weights, page.offsets_bytes, strict=True)
+        }
+        return tuple(view.of(place[view.weight]) for view in self.page_inputs[interval.page])
+
+    def note(self, *event: object) -> None:
+        """Append to the store's event list, where somebody asked for one."""
+        store = self._store()
+        if store is not None and store.log is not None:
+            store.log.append(event)

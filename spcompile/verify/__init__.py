@@ -1,0 +1,1 @@
+"""Checks of plans and graphs that share no code with what makes them."""

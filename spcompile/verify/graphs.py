@@ -1,0 +1,287 @@
+"""Check a graph against the rules that make it right, by replaying it; no code is shared with the passes.
+
+After every pass the graph must lint, and no node may read an input behind the node that updates it. Once the graph calls
+segments and has transfer nodes, it is replayed node by node - cold, then warm for a whole period of phases, and cold in each
+phase, as after another graph used the arena - against an account of who owns which bytes of it:
+
+* a segment reads a page only through a load that has happened and whose evict has not;
+* a copy never lands on a page that is in use, nor on one that is still to be used;
+* whatever is loaded was prefetched and is evicted, each once; nothing is left in use at the end;
+* no more than k pages hold slots, and all of them lie in the arena;
+* nothing that leaves a segment shares memory with a slot, and no segment writes into one.
+
+All violations are returned, each with the line of the guilty node in `format_graph`'s text.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from spcompile import ops
+from spcompile.graph import format_graph
+from spcompile.ir import Plan, Slot
+from spcompile.verify.violations import Violation, raise_if_any
+
+
+def verify_graph(
+    module: fx.GraphModule, plan: Plan | None, weights: Mapping[str, str], *, final: bool = False
+) -> list[Violation]:
+    """All violations of the graph, in the order of its lines.
+
+    Args:
+        module: the graph as a pass left it.
+        plan: the plan, once there is one.
+        weights: name of the weight behind each placeholder that carries one.
+        final: whether all passes have run: the transfers must be there.
+    """
+    lines = {node: index for index, node in enumerate(module.graph.nodes)}
+    found = _lint(module, lines) + _reads_behind_writes(module.graph, lines)
+    if plan is not None and (final or any(ops.is_op(node, op) for node in lines for op in ops.TRANSFERS)):
+        found += _reads_in_place(module.graph, plan, weights, lines)
+        found += _slot_memory_escapes(module, lines)
+        found += _Replay(module.graph, plan, lines).run()
+    return sorted(set(found), key=lambda each: (each.line, each.message))
+
+
+def check_graph(
+    module: fx.GraphModule, plan: Plan | None, weights: Mapping[str, str], *, after: str, final: bool
+) -> None:
+    """Raise with the printed graph and a mark under each guilty line.
+
+    Raises:
+        VerificationError: there are violations.
+    """
+    violations = verify_graph(module, plan, weights, final=final)
+    raise_if_any(f"the graph after {after}", format_graph(module.graph), violations)
+
+
+def _lint(module: fx.GraphModule, lines: Mapping[fx.Node, int]) -> list[Violation]:
+    seen: set[fx.Node] = set()
+    found = []
+    for node, line in lines.items():
+        for source in node.all_input_nodes:
+            if source not in lines:
+                found.append(Violation(line, f"{source.name} is not part of the graph"))
+            elif source not in seen:
+                found.append(Violation(line, f"{source.name} is read before it is computed"))
+        seen.add(node)
+    return found
+
+
+def _reads_behind_writes(graph: fx.Graph, lines: Mapping[fx.Node, int]) -> list[Violation]:
+    """AOTAutograd's graphs are functional: whoever reads an input wants its old value, so its update comes last."""
+    roots = _owners_of_memory(graph.nodes)
+    updated: dict[fx.Node, fx.Node] = {}
+    found = []
+    for node, line in lines.items():
+        if node.op == "output":  # AOTAutograd may return an updated input
+            continue
+        destinations = _destinations(node)
+        for source in node.all_input_nodes:
+            if source in destinations:  # a second update, not a read
+                continue
+            for root in roots[source]:
+                if root in updated and root.op == "placeholder":
+                    found.append(Violation(line, f"reads {root.name} after {updated[root].name} has updated it"))
+        for destination in destinations:
+            updated.update((root, node) for root in roots[destination])
+    return found
+
+
+def _reads_in_place(
+    graph: fx.Graph, plan: Plan, weights: Mapping[str, str], lines: Mapping[fx.Node, int]
+) -> list[Violation]:
+    """A segment that reads a streamed page's weight through the graph's argument reads it over the link."""
+    page_of = {weight.name: page.name for page in plan.pages for weight in page.weights}
+    streamed = {plan.pages[interval.page].name for interval in plan.intervals}
+    return [
+        Violation(lines[node], f"reads {weights[source.name]} in place, although page {page_of[weights[source.name]]} is streamed")
+        for node in graph.nodes
+        if ops.is_op(node, ops.pack)
+        for source in node.all_input_nodes
+        if source.name in weights and page_of.get(weights[source.name]) in streamed
+    ]
+
+
+def _slot_memory_escapes(module: fx.GraphModule, lines: Mapping[fx.Node, int]) -> list[Violation]:
+    """Look into the segments that are not compiled yet: what may alias a slot, and what writes into one."""
+    found = []
+    for call in module.graph.find_nodes(op="call_module"):
+        segment = getattr(module, str(call.target))
+        pack = call.args[0]
+        if not isinstance(segment, fx.GraphModule) or not isinstance(pack, fx.Node):
+            continue
+        direct = sum(1 for value in pack.args if not _is_load(value))  # loads come last, see split_segments
+        inside = set(segment.graph.find_nodes(op="placeholder")[direct:])
+        roots = _owners_of_memory(segment.graph.nodes)
+        for output in segment.graph.output_node().all_input_nodes:
+            if roots[output] & inside:
+                found.append(Violation(lines[call], f"{output.name} leaves the segment and shares memory with a slot"))
+        for node in segment.graph.nodes:
+            if any(roots[destination] & inside for destination in _destinations(node)):
+                found.append(Violation(lines[call], f"{node.name} inside the segment writes into a slot"))
+    return found
+
+
+def _is_load(value: object) -> bool:
+    return isinstance(value, fx.Node) and ops.is_op(value, ops.load)
+
+
+@dataclass
+class _Owner:
+    """Who owns a place of the arena in the replay: an interval of one iteration."""
+
+    iteration: int
+    interval: int
+    slot: Slot
+    in_use: bool = False
+
+
+@dataclass
+class _Replay:
+    """Runs the transfer nodes over several iterations and keeps the account."""
+
+    graph: fx.Graph
+    plan: Plan
+    lines: Mapping[fx.Node, int]
+    owners: list[_Owner] = field(default_factory=list)
+    found: list[Violation] = field(default_factory=list)
+
+    def run(self) -> list[Violation]:
+        for phase in range(self.plan.period):  # cold, in every phase
+            self.owners = []
+            self._iteration(0, phase)
+        self.owners = []
+        for iteration in range(self.plan.period + 1):  # warm
+            self._iteration(iteration, iteration % self.plan.period)
+        return self.found
+
+    def _iteration(self, iteration: int, phase: int) -> None:
+        loaded: set[int] = set()
+        begun = False
+        for node in self.graph.nodes:
+            begun = begun or ops.is_op(node, ops.begin)
+            if node.op == "output":
+                self._end(node, iteration, loaded)
+            elif ops.is_op(node, ops.pack):
+                self._read(node, iteration)
+            elif any(_is_load(source) for source in node.all_input_nodes):
+                self._report(node, "reads a loaded page outside a segment: nothing would keep its slot")
+            if node.op != "call_function" or node.target not in ops.TRANSFERS or node.target is ops.begin:
+                continue
+            if not begun:
+                self._report(node, "comes before the iteration begins")
+            interval = node.args[1]
+            if not isinstance(interval, int) or not 0 <= interval < len(self.plan.intervals):
+                self._report(node, f"names interval {interval}, which the plan does not have")
+            elif node.target is ops.prefetch:
+                ahead = node.kwargs.get("ahead", 0)
+                self._prefetch(node, iteration + int(ahead == 1), interval, phase + int(ahead == 1))
+            elif node.target is ops.load:
+                self._load(node, iteration, interval, loaded)
+            else:
+                self._evict(node, iteration, interval)
+
+    def _prefetch(self, node: fx.Node, iteration: int, interval: int, phase: int) -> None:
+        slots = self.plan.intervals[interval].slots
+        slot = self.plan.slots[slots[phase % len(slots)]]
+        if slot.offset_bytes + slot.nbytes > self.plan.arena_bytes:
+            self._report(node, "its slot ends behind the arena")
+        for owner in list(self.owners):
+            if (owner.iteration, owner.interval) == (iteration, interval):
+                if owner.slot != slot or owner.in_use:
+                    self._report(node, f"{self._name(interval)} has another slot already, or is in use")
+                return
+            if _overlap(owner.slot, slot):
+                state = "in use" if owner.in_use else "still to be used"
+                self._report(node, f"copies over {self._name(owner.interval)}, which is {state}")
+                self.owners.remove(owner)
+        self.owners.append(_Owner(iteration, interval, slot))
+        if len(self.owners) > self.plan.k:
+            names = ", ".join(self._name(owner.interval) for owner in self.owners)
+            self._report(node, f"{len(self.owners)} pages hold slots, more than k = {self.plan.k}: {names}")
+
+    def _load(self, node: fx.Node, iteration: int, interval: int, loaded: set[int]) -> None:
+        owner = self._owner(iteration, interval)
+        if interval in loaded:
+            self._report(node, f"{self._name(interval)} is loaded twice")
+        elif owner is None:
+            self._report(node, f"no prefetch of {self._name(interval)} before its load")
+        else:
+            owner.in_use = True
+        loaded.add(interval)
+
+    def _evict(self, node: fx.Node, iteration: int, interval: int) -> None:
+        owner = self._owner(iteration, interval)
+        if owner is None or not owner.in_use:
+            self._report(node, f"{self._name(interval)} is evicted, but is not loaded")
+        if owner is not None:
+            self.owners.remove(owner)
+
+    def _read(self, pack: fx.Node, iteration: int) -> None:
+        for value in pack.args:
+            if not isinstance(value, fx.Node) or not ops.is_op(value, ops.load):
+                continue
+            interval = value.args[1]
+            owner = self._owner(iteration, interval) if isinstance(interval, int) else None
+            if owner is None or not owner.in_use:
+                self._report(pack, f"reads {value.name} outside its stay on the device")
+
+    def _end(self, output: fx.Node, iteration: int, loaded: set[int]) -> None:
+        for interval in range(len(self.plan.intervals)):
+            if interval not in loaded:
+                self._report(output, f"{self._name(interval)} is never loaded")
+        for owner in self.owners:
+            if owner.in_use:
+                self._report(output, f"{self._name(owner.interval)} is never evicted")
+            elif owner.iteration == iteration:
+                self._report(output, f"the copy of {self._name(owner.interval)} is never awaited")
+        self.owners = [owner for owner in self.owners if owner.iteration > iteration and not owner.in_use]
+
+    def _owner(self, iteration: int, interval: int) -> _Owner | None:
+        matching = (each for each in self.owners if (each.iteration, each.interval) == (iteration, interval))
+        return next(matching, None)
+
+    def _name(self, interval: int) -> str:
+        return self.plan.pages[self.plan.intervals[interval].page].name
+
+    def _report(self, node: fx.Node, message: str) -> None:
+        self.found.append(Violation(self.lines[node], message))
+
+
+def _overlap(one: Slot, other: Slot) -> bool:
+    return one.offset_bytes < other.offset_bytes + other.nbytes and other.offset_bytes < one.offset_bytes + one.nbytes
+
+
+def _owners_of_memory(nodes: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """For each node, the nodes whose memory its value may lie in, told by the annotations of the operators' schemas."""
+    owners: dict[fx.Node, set[fx.Node]] = {}
+    for node in nodes:
+        shared = _annotated(node, lambda info: True)
+        if node.target is operator.getitem:  # an item of a list of views, or of the results of a segment
+            shared = [source for source in node.all_input_nodes if _annotated(source, lambda info: True)]
+        owners[node] = set().union(*(owners.get(source, {source}) for source in shared)) or {node}
+    return owners
+
+
+def _destinations(node: fx.Node) -> list[fx.Node]:
+    """The inputs that the node writes into."""
+    return _annotated(node, lambda info: info.is_write)
+
+
+def _annotated(node: fx.Node, wanted: Callable[[Any], bool]) -> list[fx.Node]:
+    """Inputs whose schema argument carries an alias annotation of the wanted kind."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    bound = dict(zip((each.name for each in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    found: list[fx.Node] = []
+    for argument in node.target._schema.arguments:
+        if argument.alias_info is not None and wanted(argument.alias_info):
+            fx.map_arg(bound.get(argument.name), found.append)
+    return found

@@ -1,0 +1,117 @@
+"""Plans with one mistake each, made from a right plan: what a verifier of plans must reject.
+
+Shared by the tests of the verifier on plans written by hand and on those of the planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from typing import TypeVar
+
+from spcompile.ir import ALIGNMENT_BYTES, Interval, Page, Plan, Slot
+
+T = TypeVar("T")
+
+
+def mutants(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """All mutants of one mistake, with names that say what was done; those equal to the plan are left out."""
+    for make in (_of_header, _of_pages, _of_slots, _of_intervals, _of_interval_pairs):
+        for name, mutant in make(plan):
+            if mutant != plan:
+                yield name, mutant
+
+
+def changed(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
+    return (*items[:index], item, *items[index + 1 :])
+
+
+def _of_header(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    yield "k - 1", replace(plan, k=plan.k - 1)
+    yield "m = 0", replace(plan, m=0)
+    yield "m = k + 1", replace(plan, m=plan.k + 1)
+    yield "period - 1", replace(plan, period=plan.period - 1)
+    yield "period + 1", replace(plan, period=plan.period + 1)
+    yield "no wrap", replace(plan, wraps=False)
+    yield "intervals reversed", replace(plan, intervals=plan.intervals[::-1])
+    yield "resident out of range", replace(plan, residents=(*plan.residents, len(plan.pages)))
+    for index, page in enumerate(plan.residents):
+        others = (*plan.residents[:index], *plan.residents[index + 1 :])
+        yield f"resident {page} removed", replace(plan, residents=others)
+    for page in sorted({interval.page for interval in plan.intervals}):
+        yield f"resident {page} added", replace(plan, residents=(*plan.residents, page))
+
+
+def _of_pages(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for index, (one, two) in enumerate(zip(plan.pages, plan.pages[1:], strict=False)):
+        renamed = Page(one.name, two.weights)
+        yield f"page {index + 1} named as {index}", replace(plan, pages=changed(plan.pages, index + 1, renamed))
+        shared = Page(two.name, (*two.weights, *one.weights[:1]))
+        yield f"weight of page {index} also in {index + 1}", replace(plan, pages=changed(plan.pages, index + 1, shared))
+    for index, step in enumerate(plan.steps):
+        repeated = replace(step, reads=(*step.reads, *step.reads[:1]))
+        yield f"step {index} reads twice", replace(plan, steps=changed(plan.steps, index, repeated))
+        beyond = replace(step, reads=(*step.reads, len(plan.pages)))
+        yield f"step {index} reads out of range", replace(plan, steps=changed(plan.steps, index, beyond))
+
+
+def _of_slots(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for index, slot in enumerate(plan.slots):
+        for name, other in (
+            ("shrunk", Slot(slot.offset_bytes, slot.nbytes - ALIGNMENT_BYTES)),
+            ("emptied", Slot(slot.offset_bytes, 0)),
+            ("moved down", Slot(slot.offset_bytes - ALIGNMENT_BYTES, slot.nbytes)),
+            ("misaligned", Slot(slot.offset_bytes + 1, slot.nbytes)),
+        ):
+            yield f"slot {index} {name}", replace(plan, slots=changed(plan.slots, index, other))
+        if index:
+            other = Slot(plan.slots[index - 1].offset_bytes, slot.nbytes)
+            yield f"slot {index} over {index - 1}", replace(plan, slots=changed(plan.slots, index, other))
+    if plan.slots:
+        yield "last slot gone", replace(plan, slots=plan.slots[:-1])
+    yield "slot nobody takes", replace(plan, slots=(*plan.slots, Slot(plan.arena_bytes, ALIGNMENT_BYTES)))
+
+
+def _of_intervals(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    def with_interval(index: int, **fields: object) -> Plan:
+        interval: Interval = replace(plan.intervals[index], **fields)  # type: ignore[arg-type]
+        return replace(plan, intervals=changed(plan.intervals, index, interval))
+
+    for index, interval in enumerate(plan.intervals):
+        dropped = (*plan.intervals[:index], *plan.intervals[index + 1 :])
+        yield f"interval {index} dropped", replace(plan, intervals=dropped)
+        doubled = (*plan.intervals[: index + 1], *plan.intervals[index:])
+        yield f"interval {index} doubled", replace(plan, intervals=doubled)
+        yield f"interval {index} starts earlier", with_interval(index, start_step=interval.start_step - 1)
+        yield f"interval {index} starts later", with_interval(index, start_step=interval.start_step + 1)
+        yield f"interval {index} ends earlier", with_interval(index, end_step=interval.end_step - 1)
+        yield f"interval {index} ends later", with_interval(index, end_step=interval.end_step + 1)
+        yield f"interval {index} starts an iteration ahead", with_interval(index, start_step=-len(plan.steps))
+        yield f"interval {index} of another page", with_interval(index, page=interval.page + 1)
+        yield f"interval {index} of no page", with_interval(index, page=-1)
+        yield f"interval {index} lacks its last phase", with_interval(index, slots=interval.slots[:-1])
+        for phase in range(len(interval.slots)):
+            nowhere = changed(interval.slots, phase, -1)
+            yield f"interval {index} nowhere in phase {phase}", with_interval(index, slots=nowhere)
+
+
+def _of_interval_pairs(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Two intervals change places: in all phases, and in one phase only."""
+    for one, two in combinations(range(len(plan.intervals)), 2):
+        slots_one, slots_two = plan.intervals[one].slots, plan.intervals[two].slots
+        ways = [("", slots_two, slots_one)]
+        both = min(len(slots_one), len(slots_two))
+        if both > 1:
+            ways += [
+                (
+                    f" in phase {phase}",
+                    changed(slots_one, phase, slots_two[phase]),
+                    changed(slots_two, phase, slots_one[phase]),
+                )
+                for phase in range(both)
+            ]
+        for where, new_one, new_two in ways:
+            intervals = changed(plan.intervals, one, replace(plan.intervals[one], slots=new_one))
+            intervals = changed(intervals, two, replace(intervals[two], slots=new_two))
+            yield f"slots of intervals {one} and {two} swapped{where}", replace(plan, intervals=intervals)

@@ -1,0 +1,179 @@
+"""The text of plans: golden cases, widths, and the lines that it promises to verifiers.
+
+The cases are read by people: after ``pytest --update-golden`` look at what has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+
+from spcompile.ir import Action, ActionKind, Interval, Page, Plan, Step
+from spcompile.text import WIDTH, LineKey, format_bytes, format_plan, plan_text
+from spcompile.verify.plans import verify_plan
+from spcompile.verify.violations import render
+from tests.hand_plans import MIB, PLANS, equal_slots, page
+from tests.mutants import mutants
+from tests.random_plans import plans
+
+EMPTY = Plan("cpu", 0, 0, False, (), (), (), (), (), 1, ())
+
+
+def language_model(n_layers: int, k: int) -> Plan:
+    """An embedding that stays, layers and a head that are streamed through k equal slots, m = 1."""
+    layers = [page(f"model.layers.{index}", 32 * MIB, 32 * MIB, 4096) for index in range(n_layers)]
+    pages = (page("model.embed_tokens", 250 * MIB), *layers, page("lm_head", 250 * MIB))
+    embed = Step("model_embed_tokens", None, (0,))
+    steps = [Step(f"model_layers_{index}", f"model.layers.{index}", (index + 1,)) for index in range(n_layers)]
+    streamed = n_layers + 1
+    return Plan(
+        device="cuda:0",
+        k=k,
+        m=1,
+        wraps=True,
+        pages=pages,
+        leftovers=(),
+        residents=(0,),
+        steps=(embed, *steps, Step("lm_head", None, (len(pages) - 1,))),
+        slots=equal_slots(k, 250 * MIB),
+        period=k,
+        intervals=tuple(
+            Interval(index, index - k + 1, index + 1, tuple((index + phase * streamed) % k for phase in range(k)))
+            for index in range(1, streamed + 1)
+        ),
+    )
+
+
+CASES = {
+    **PLANS,
+    "language_model_32_layers": language_model(32, 4),
+    "language_model_80_layers_long_period": language_model(80, 11),
+    "no_pages": EMPTY,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(name, format_plan(CASES[name]))
+
+
+def test_golden_of_a_wrong_plan(golden: Callable[[str, str], None]) -> None:
+    """What people see when a plan is rejected."""
+    plan = PLANS["chain_in_batches"]
+    wrong = replace(plan, k=2, intervals=plan.intervals[:-1], residents=(9,))
+    golden("wrong_plan_with_marks", render(plan_text(wrong).lines, verify_plan(wrong)))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1536, "1.50 KiB"),
+        (1024**2 - 1, "1.00 MiB"),  # never "1024.00 KiB"
+        (1024**3 * 123 // 100, "1.23 GiB"),
+        (1024**4, "1.00 TiB"),
+        (5000 * 1024**4, "5000.00 TiB"),
+        (-2048, "-2.00 KiB"),
+    ],
+)
+def test_format_bytes(nbytes: int, text: str) -> None:
+    assert format_bytes(nbytes) == text
+
+
+def test_str_is_the_text() -> None:
+    plan = PLANS["tied_ends"]
+    assert str(plan) == format_plan(plan)
+
+
+@given(plans())
+def test_every_plan_has_a_text_that_fits(plan: Plan) -> None:
+    """Also plans that are wrong in any way, since a verifier must be able to show them."""
+    text = plan_text(plan)
+    assert format_plan(plan) == "\n".join(text.lines)
+    for line in text.lines:
+        assert len(line) <= WIDTH
+        assert line.isascii()
+        assert line.isprintable()
+        assert line == line.rstrip()
+
+
+@given(plans())
+def test_everything_has_a_line(plan: Plan) -> None:
+    text = plan_text(plan)
+    keys: set[LineKey] = {("header", None)}
+    for kind, items in (("page", plan.pages), ("slot", plan.slots), ("step", plan.steps), ("interval", plan.intervals)):
+        keys |= {(kind, index) for index in range(len(items))}
+    assert set(text.line_of) == keys
+    assert all(0 <= line < len(text.lines) for line in text.line_of.values())
+    for index, step in enumerate(plan.steps):
+        assert text.lines[text.line_of["step", index]].split()[:3] == [">", str(index), "run"], step
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_schedule_is_complete(name: str) -> None:
+    """One line for each action, in their order, however long the plan is."""
+    plan = CASES[name]
+    lines = format_plan(plan).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("Schedule"))
+    shown = []
+    for line in lines[start + 2 :]:
+        words = line.removeprefix(">").split()
+        if not words:
+            break
+        if len(words) > 1 and words[1] in {kind.value for kind in ActionKind}:
+            shown.append((int(words[0]), words[1], words[2]))
+    assert shown == [(action.step, action.kind.value, _subject(plan, action)) for action in plan.actions()]
+
+
+def _subject(plan: Plan, action: Action) -> str:
+    if action.interval is None:
+        return plan.steps[action.step].segment
+    return f"#{plan.intervals[action.interval].page}"
+
+
+def test_lines_of_things() -> None:
+    text = plan_text(PLANS["chain_in_batches"])
+
+    def words(*key: object) -> list[str]:
+        return text.lines[text.line((str(key[0]), int(str(key[1]))))].split()
+
+    assert text.line(("header", None)) == 0
+    assert words("page", 3)[:2] == ["3", "layers.3"]
+    assert words("slot", 1)[:2] == ["1", "1,048,576"]
+    assert words("step", 2)[:4] == [">", "2", "run", "layers_2"]
+    assert words("interval", 4)[:4] == ["2", "prefetch", "#4", "layers.4"]
+    assert text.line(("interval", 99)) == 0
+
+
+def test_long_names_keep_both_ends() -> None:
+    plan = PLANS["all_resident"]
+    long = replace(plan, pages=(Page("model.language_model.decoder.blocks.17.mlp", ()), *plan.pages[1:]))
+    assert "  0  model.lan..der.blocks.17.mlp  resident" in format_plan(long)
+
+
+def test_pages_collapse_only_where_they_are_alike() -> None:
+    plan = language_model(40, 2)
+    assert "1..40  model.layers.0 .. 39" in format_plan(plan)
+    other = replace(plan, pages=(*plan.pages[:20], page("model.layers.19", MIB), *plan.pages[21:]))
+    rows = [line.split()[:4] for line in format_plan(other).splitlines() if " streamed " in line]
+    assert rows == [
+        ["1..19", "model.layers.0", "..", "18"],
+        ["20", "model.layers.19", "streamed", "1.00"],
+        ["21..40", "model.layers.20", "..", "39"],
+        ["41", "lm_head", "streamed", "250.00"],
+    ]
+    read_twice = replace(plan, steps=(*plan.steps[:-1], replace(plan.steps[-1], reads=(20, 41))))
+    assert "20  model.layers.19" in format_plan(read_twice)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_that_differ_look_different(name: str) -> None:
+    """Except where only the number of phases is wrong: slots that are missing are shown by repeating the others."""
+    plan = PLANS[name]
+    alike = [mutation for mutation, mutant in mutants(plan) if format_plan(mutant) == format_plan(plan)]
+    assert [mutation for mutation in alike if "lacks its last phase" not in mutation] == []

@@ -1,0 +1,96 @@
+"""Planner and verifier judge each other: plans that are made are clean, and what is clean after a mistake may run.
+
+Neither knows the other. A plan that the planner makes and the verifier rejects is a bug of one of the two; the oracle of
+`tests.plan_oracle` is a third opinion.
+"""
+
+from __future__ import annotations
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from spcompile.errors import OptionError
+from spcompile.ir import Page, Plan, Step, Weight
+from spcompile.planner.make_plan import make_plan
+from spcompile.verify.plans import verify_plan
+from spcompile.verify.violations import render
+from tests.mutants import mutants
+from tests.plan_oracle import may_run
+
+SIZES_BYTES = st.sampled_from([0, 1, 255, 256, 300, 1000, 1024, 4096])
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[tuple[Page, ...], tuple[Step, ...]]:
+    """Pages in order of first use and the steps that read them: chains, tied pages, several or no pages in one step."""
+    n_pages = draw(st.integers(1, 8))
+    if draw(st.booleans()):
+        reads = [[page] for page in range(n_pages)]
+    else:
+        some_pages = st.lists(st.integers(0, n_pages - 1), max_size=3, unique=True)
+        reads = draw(st.lists(some_pages, min_size=1, max_size=10))
+    order = list(dict.fromkeys(page for each in reads for page in each))
+    number = {page: index for index, page in enumerate(order)}
+    sizes = [draw(st.lists(SIZES_BYTES, min_size=1, max_size=3)) for _ in order]
+    pages = tuple(
+        Page(f"p{index}", tuple(Weight(f"p{index}.w{part}", nbytes) for part, nbytes in enumerate(each)))
+        for index, each in enumerate(sizes)
+    )
+    steps = (Step(f"s{index}", None, tuple(number[page] for page in each)) for index, each in enumerate(reads))
+    return pages, tuple(steps)
+
+
+@st.composite
+def made_plans(draw: st.DrawFn) -> tuple[Plan, int | None]:
+    """A plan by k and m, or by capacity; and the bytes that it must keep to."""
+    pages, steps = draw(graphs())
+    leftovers = (Weight("leftover", 77),) if draw(st.booleans()) else ()
+    k = draw(st.none() | st.integers(1, len(pages) + 1))
+    m = None if k is None else draw(st.none() | st.integers(1, k))
+    capacity_bytes = None if k is not None else draw(st.none() | st.integers(0, 30_000))
+    settled = draw(st.frozensets(st.integers(0, len(pages) - 1), max_size=2)) if pages and k is None else frozenset()
+    try:
+        plan = make_plan(
+            device="cpu",
+            pages=pages,
+            leftovers=leftovers,
+            steps=steps,
+            wraps=draw(st.booleans()),
+            k=k,
+            m=m,
+            capacity_bytes=capacity_bytes,
+            settled=settled,
+        )
+    except OptionError:
+        assume(False)
+    return plan, None if settled else capacity_bytes  # settled pages stay even where they exceed the capacity
+
+
+@given(made_plans())
+def test_made_plans_are_clean(made: tuple[Plan, int | None]) -> None:
+    plan, capacity_bytes = made
+    violations = verify_plan(plan, capacity_bytes)
+    assert not violations, "\n" + render(str(plan).splitlines(), violations)
+    assert may_run(plan)
+
+
+@given(made_plans(), st.data())
+def test_mistakes_in_made_plans_are_found(made: tuple[Plan, int | None], data: st.DataObject) -> None:
+    plan, _ = made
+    for _ in range(data.draw(st.integers(1, 2))):
+        _, plan = data.draw(st.sampled_from(list(mutants(plan))))
+    assert verify_plan(plan) or may_run(plan)
+
+
+@given(made_plans())
+def test_what_every_plan_needs(made: tuple[Plan, int | None]) -> None:
+    """These mistakes have no excuse in any plan."""
+    plan, _ = made
+    for mutation, mutant in mutants(plan):
+        words = mutation.split()
+        if words[0] == "interval" and words[2] in {"dropped", "doubled", "nowhere", "lacks"}:
+            assert verify_plan(mutant), mutation
+        if words[0] in {"resident", "page", "step"} or mutation in {"m = 0", "slot nobody takes"}:
+            if mutation.endswith("removed") and not any(int(words[1]) in step.reads for step in plan.steps):
+                continue
+            assert verify_plan(mutant) or not plan.pages, mutation
