@@ -24,6 +24,7 @@ layers stay identical.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections import defaultdict
@@ -39,6 +40,10 @@ SIMILAR = 0.5
 """Numbered siblings are layers when two of them share at least this part of their weights (relative name and bytes).
 The first T5 block has one weight more than the others, the first block of a ResNet stage a projection: 0.5 keeps both."""
 
+SMALL_FRACTION = 64
+"""Numbered siblings with names (``norm1``, ``norm2``) that together hold less than this part of the weights beside them
+are no layers. Items of a list always may be."""
+
 DOMINANT = 0.5
 """A part that holds more than this of all weight bytes, while there are others to be had, is cut by width."""
 
@@ -48,7 +53,7 @@ Signature = frozenset[tuple[str, int]]
 def find_layers(program: Program) -> None:
     """Write ``node.meta[LAYER]`` on every node that is not a placeholder or the output."""
     _tuck_getitems(program)
-    layer_paths = find_layer_paths((each.path, each.weight.nbytes) for each in program.weights.values() if each.path)
+    layer_paths = find_layer_paths((_dotted(each.path), each.weight.nbytes) for each in program.weights.values() if each.path)
     if layer_paths:
         _label_by_module(program, layer_paths)
     else:
@@ -67,12 +72,10 @@ def _tuck_getitems(program: Program) -> None:
 
 def find_layer_paths(weights: Iterable[tuple[str, int]]) -> frozenset[str]:
     """Paths of the layers in a module tree that is given as (path of a weight, its bytes)."""
-    found: set[str] = set()
-    _search(sorted(set(weights)), "", found)
-    return frozenset(found)
+    return frozenset(_search(sorted(set(weights)), ""))
 
 
-def _search(weights: Sequence[tuple[str, int]], prefix: str, found: set[str]) -> None:
+def _search(weights: Sequence[tuple[str, int]], prefix: str) -> set[str]:
     """``weights`` are those below ``prefix``, with paths relative to it."""
     children: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for path, nbytes in weights:
@@ -86,30 +89,47 @@ def _search(weights: Sequence[tuple[str, int]], prefix: str, found: set[str]) ->
             groups[match[1]].append(child)
     layers: set[str] = set()
     for stem, members in groups.items():
-        if _alike(stem, [frozenset(children[member]) for member in members]):
+        if _are_layers(stem, [children[member] for member in members], sum(nbytes for _, nbytes in weights)):
             layers.update(members)
+    found: set[str] = set()
     for child, below in children.items():
         path = f"{prefix}{child}"
-        if child in layers:
-            found.add(path)
-        else:
-            _search(below, f"{path}.", found)
+        found |= {path} if child in layers else _search(below, f"{path}.")
+    return found
 
 
-def _alike(stem: str, signatures: list[Signature]) -> bool:
+def _are_layers(stem: str, members: Sequence[Sequence[tuple[str, int]]], siblings_bytes: int) -> bool:
+    """Whether these numbered siblings are layers. ``stem`` is what their names begin with, "" for items of a list."""
+    signatures = [frozenset(member) for member in members]
     if len(signatures) == 1:  # a list of one block (ALBERT, or a model shrunk to one layer); a lone leaf is no layer
         return stem == "" and any("." in name for name, _ in signatures[0])
-    counts: dict[Signature, int] = defaultdict(int)
-    for signature in signatures:
-        counts[signature] += 1
-    if max(counts.values()) > 1:
+    if not _alike(signatures):
+        return False
+    if stem == "":
         return True
-    distinct = list(counts)
-    return any(
-        len(one & other) >= SIMILAR * len(one | other)
-        for index, one in enumerate(distinct)
-        for other in distinct[index + 1 :]
-    )
+    if any(len(_search(member, "")) > len(members) for member in members):  # towers: few, of many layers each
+        return False
+    return sum(nbytes for member in members for _, nbytes in member) * SMALL_FRACTION >= siblings_bytes
+
+
+def _alike(signatures: Sequence[Signature]) -> bool:
+    distinct = list(dict.fromkeys(signatures))
+    if len(distinct) < len(signatures):
+        return True
+    return any(_similar(one, other) for index, one in enumerate(distinct) for other in distinct[index + 1 :])
+
+
+def _similar(one: Signature, other: Signature) -> bool:
+    """Two layers of one kind share most of all weights; two of different kinds (one with experts, say), most of what
+    the smaller one has outside of lists."""
+    if len(one & other) >= SIMILAR * len(one | other):
+        return True
+    own_one, own_other = _outside_lists(one), _outside_lists(other)
+    return len(own_one & own_other) >= SIMILAR * max(1, min(len(own_one), len(own_other)))
+
+
+def _outside_lists(signature: Signature) -> Signature:
+    return frozenset((name, nbytes) for name, nbytes in signature if not re.search(r"(^|\.)\d+\.", name))
 
 
 def module_path(node: fx.Node) -> str | None:
@@ -118,21 +138,53 @@ def module_path(node: fx.Node) -> str | None:
     if not stack:
         return None
     path: str = list(stack.values())[-1][0]
-    return re.sub(r"@\d+", "", path)  # Dynamo numbers the calls of a module that runs several times
+    return _dotted(re.sub(r"@\d+", "", path))  # Dynamo numbers the calls of a module that runs several times
+
+
+def _dotted(path: str) -> str:
+    """Items of a plain list of modules (``G['blocks'][0]``) are numbered children like others."""
+    return re.sub(r"\[(\d+)\]", r".\1", path)
 
 
 def _label_by_module(program: Program, layer_paths: frozenset[str]) -> None:
+    views = weight_views(program)
+    read = _first_path_read(program, views)
     label: str | None = None
     for node in program.graph.nodes:
-        if node.op in ("placeholder", "output"):
+        if node.op in ("placeholder", "output") or node in views:
             continue
-        if node.target is operator.getitem:  # it lies behind its producer, and belongs there
-            node.meta[LAYER] = label
-            continue
-        path = module_path(node)
-        if path is not None:
+        path = module_path(node) or read.get(node)
+        if path is not None and node.target is not operator.getitem:  # that one lies behind its producer
             label = _layer_of(path, layer_paths)
         node.meta[LAYER] = label
+    _cut_outside(program, views)
+
+
+def _first_path_read(program: Program, views: dict[fx.Node, None]) -> dict[fx.Node, str]:
+    """Path of the first weight that each node reads, directly or through views; only of nodes that read a named one."""
+    behind = {node: _dotted(each.path) for node, each in program.weight_nodes().items() if each.path}
+    for node in views:
+        if node.all_input_nodes[0] in behind:
+            behind[node] = behind[node.all_input_nodes[0]]
+    read = {}
+    for node in program.graph.nodes:
+        paths = [behind[source] for source in node.all_input_nodes if source in behind]
+        if paths:
+            read[node] = paths[0]
+    return read
+
+
+def _cut_outside(program: Program, views: dict[fx.Node, None]) -> None:
+    """Where most weights lie outside the layers in one stretch, cut it: a page must not be half of the model."""
+    reads = _weight_bytes_read(program, views)
+    nodes = [node for node in program.graph.nodes if LAYER in node.meta]
+    total_bytes = sum(reads[node] for node in nodes)
+    stretches = [list(group) for label, group in itertools.groupby(nodes, lambda node: node.meta[LAYER]) if label is None]
+    for index, stretch in enumerate(stretches):
+        pieces = _cut_by_width(stretch, reads, total_bytes)
+        for number, piece in enumerate(pieces if len(pieces) > 1 else ()):
+            for node in piece:
+                node.meta[LAYER] = f"outside.{index}.{number}"
 
 
 def _layer_of(path: str, layer_paths: frozenset[str]) -> str | None:

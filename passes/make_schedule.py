@@ -69,7 +69,7 @@ def make_schedule(program: Program) -> None:
         k=program.options.k,
         m=program.options.m,
         capacity_bytes=program.capacity_bytes,
-        settled=frozenset(index for index, page in enumerate(pages) if page.name in program.known_residents),
+        residents=tuple(index for index, page in enumerate(pages) if page.name in program.known_residents),
     )
 
 

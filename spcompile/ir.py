@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -225,22 +226,21 @@ class Plan:
         nothing where the copy is already there (design.md, decision 6).
         """
         n_steps = len(self.steps)
-        for step in range(n_steps + 1):
-            for index, interval in enumerate(self.intervals):
-                if interval.end_step == step:
-                    yield Action(ActionKind.EVICT, step - 1, index)
-            for index, interval in enumerate(self.intervals):
-                if max(interval.start_step, 0) == step and step < n_steps:
-                    yield Action(ActionKind.PREFETCH, step, index)
-            for index, interval in enumerate(self.intervals):
-                if self.wraps and interval.start_step <= 0 and n_steps + interval.start_step == step:
-                    yield Action(ActionKind.PREFETCH, step, index, ahead=1)
-            if step == n_steps:
-                return
-            for index, interval in enumerate(self.intervals):
-                if self.load_step(interval) == step:
-                    yield Action(ActionKind.LOAD, step, index)
+        evictions, prefetches, ahead, loads = (defaultdict[int, list[int]](list) for _ in range(4))
+        for index, interval in enumerate(self.intervals):
+            evictions[interval.end_step].append(index)
+            prefetches[max(interval.start_step, 0)].append(index)
+            loads[self.load_step(interval)].append(index)
+            if self.wraps and interval.start_step <= 0:
+                ahead[n_steps + interval.start_step].append(index)
+        for step in range(n_steps):
+            yield from (Action(ActionKind.EVICT, step - 1, index) for index in evictions[step])
+            yield from (Action(ActionKind.PREFETCH, step, index) for index in prefetches[step])
+            yield from (Action(ActionKind.PREFETCH, step, index, ahead=1) for index in ahead[step])
+            yield from (Action(ActionKind.LOAD, step, index) for index in loads[step])
             yield Action(ActionKind.RUN, step)
+        yield from (Action(ActionKind.EVICT, n_steps - 1, index) for index in evictions[n_steps])
+        yield from (Action(ActionKind.PREFETCH, n_steps, index, ahead=1) for index in ahead[n_steps])
 
     def to_json(self) -> str:
         """The plan as JSON text that `from_json` reads back to an equal plan."""

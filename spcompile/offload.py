@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from spcompile.runtime.store import (
     untag,
     watch_optimizers,
 )
+
+Model = TypeVar("Model", bound=nn.Module)
 
 BLOCK_BYTES = 512 << 20
 """A block is closed when the next weight would take it past this. Large enough that few pages cross from one block into
@@ -53,7 +56,7 @@ class _Storage:
         return next((tag for tag in map(tag_of, self.tensors) if tag is not None), None)
 
 
-def offload(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
+def offload(model: Model, device: str | torch.device | None = None) -> Model:
     """Move the parameters of a model to pinned host memory, in place, as tensors that the compute device reads there.
 
     Parameters keep identity, shape, stride, dtype, ``requires_grad`` and aliasing; ``.grad`` stays what and where it
@@ -96,7 +99,7 @@ def offload(model: nn.Module, device: str | torch.device | None = None) -> nn.Mo
     return model
 
 
-def restore(model: nn.Module, device: str | torch.device = "cpu") -> nn.Module:
+def restore(model: Model, device: str | torch.device = "cpu") -> Model:
     """Make ordinary tensors of an offloaded model's weights again, in place, and of a model that is not offloaded too.
 
     Each original storage becomes a storage of its own again; tied weights stay tied. The pinned memory is given back

@@ -1,18 +1,27 @@
-"""From pages and steps to a plan: placement, stays, slots.
+"""From pages and steps to a plan: what stays, what is streamed, when, and through which slots.
 
-Two ways to ask. With k (and m), every page is streamed through a window of k slots; k = all pages means all resident.
-Without, as many pages as fit stay on the device and the others go through two slots.
+What: the one entry of the planner. Explicit k and m give the window of the Superpipeline paper (arXiv 2410.08791):
+nothing is resident, and every page moves once per use. With a capacity in bytes instead, as much as fits stays
+resident, and the rest goes through a narrow window (``residents.py``).
+How: residents first, then the window over the streamed rest (``window.py``), then slots for its stays (``slots.py``).
+
+The odd cases: with k of at least all pages, or memory for all, nothing moves. A page that no step reads stays on the
+host, unless all pages are resident.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from spcompile.errors import OptionError
 from spcompile.ir import Interval, Page, Plan, Slot, Step, Weight
-from spcompile.planner.residents import WINDOW, choose_residents
-from spcompile.planner.slots import assign_slots, most_held
+from spcompile.planner.residents import MIN_SLOTS, smallest_capacity_bytes, spread_residents
+from spcompile.planner.slots import assign_slots, hold_slots, slot_period
 from spcompile.planner.window import plan_window
+
+MAX_PERIOD = 256
+"""Where slots would repeat after more iterations than this, and than k, they are held fast instead. A chain never
+needs more than k; an irregular order may need millions, and the plan lists the slots of every phase."""
 
 
 def make_plan(
@@ -25,94 +34,110 @@ def make_plan(
     k: int | None = None,
     m: int | None = None,
     capacity_bytes: int | None = None,
-    settled: frozenset[int] = frozenset(),
+    residents: Collection[int] = (),
 ) -> Plan:
-    """The plan of one graph.
+    """Plan one graph.
 
     Args:
-        device: compute device as text.
-        pages, leftovers, steps: what the graph reads; see `Plan`.
-        wraps: whether the end of an iteration may prefetch for the next one.
-        k, m: the window; m defaults to 1. Without k, placement goes by ``capacity_bytes``.
-        capacity_bytes: device memory for weights; None: all of them fit.
-        settled: pages that earlier graphs keep on the device. They stay, unless k is given.
+        device, pages, leftovers, steps, wraps: as in `Plan`.
+        k: most pages that hold slots at any step; all pages or more: everything is resident. Otherwise nothing is.
+        m: pages evicted and then loaded together, 1 by default. Needs k.
+        capacity_bytes: device memory for weights, leftovers included. Only used without k; None: room for all.
+        residents: indices of pages that another graph of the model already keeps on the device; without k they are
+            kept first.
 
     Raises:
-        OptionError: k, m or the capacity cannot be had; the message says what can.
+        OptionError: k or m is out of range, k is less than the most pages that one step reads, or ``capacity_bytes``
+            has no room for the smallest plan.
     """
-    if k is None and m is not None:
-        raise OptionError("option 'm' needs option 'k'")
-    if k is not None and not 1 <= (1 if m is None else m) <= k:
-        raise OptionError(f"options 'k' and 'm' must satisfy 1 <= m <= k; they are k = {k}, m = {m}")
+    _check_options(k, m)
     if k is None:
-        residents = _residents(pages, leftovers, capacity_bytes, settled)
+        kept = _choose_residents(pages, leftovers, steps, capacity_bytes, residents)
     else:
-        residents = tuple(range(len(pages))) if k >= len(pages) else ()
-    reads = [[page for page in step.reads if page not in residents] for step in steps]
-    if not any(reads):
-        all_pages = tuple(range(len(pages)))
-        return Plan(device, max(len(pages), 1), min(m or 1, max(len(pages), 1)), wraps, pages, leftovers, all_pages, steps, (), 1, ())
-    widest = max(range(len(steps)), key=lambda step: len(reads[step]))
-    needed = len(reads[widest])
-    if k is None:
-        _check_capacity(pages, leftovers, residents, reads, capacity_bytes, max(WINDOW, needed))
-        k = max(WINDOW, needed)
-    if k < needed:
-        names = ", ".join(pages[page].name for page in reads[widest])
-        raise OptionError(
-            f"option 'k' must be at least {needed}: segment {steps[widest].segment} reads {needed} pages at once ({names})"
-        )
-    m = 1 if m is None else m
-    stays = plan_window(reads, k, m, wraps)
-    assigned = assign_slots(stays, len(steps))
-    if assigned is None:
-        wraps = False
-        stays = plan_window(reads, k, m, wraps)
-        assigned = assign_slots(stays, len(steps))
-        assert assigned is not None, "a plan that does not wrap has period 1"
-    slots_of, period = assigned
-    size = max(pages[stay.page].slot_bytes for stay in stays)
+        kept = tuple(range(len(pages))) if k >= len(pages) else ()
+    streamed = [tuple(page for page in step.reads if page not in kept) for step in steps]
+    if len(kept) == len(pages):
+        k, m = len(pages), max(1, min(m or 1, len(pages)))
+    elif k is None:
+        k, m = max(MIN_SLOTS, *map(len, streamed)), 1
+    _check_window(steps, streamed, k)
+    intervals, period = _intervals(streamed, k, m or 1, wraps)
     return Plan(
         device=device,
         k=k,
-        m=m,
+        m=m or 1,
         wraps=wraps,
         pages=pages,
         leftovers=leftovers,
-        residents=residents,
+        residents=kept,
         steps=steps,
-        slots=tuple(Slot(index * size, size) for index in range(most_held(stays, len(steps)))),
+        slots=_slots(pages, intervals),
         period=period,
-        intervals=tuple(
-            Interval(stay.page, stay.start_step, stay.end_step, slots) for stay, slots in zip(stays, slots_of, strict=True)
-        ),
+        intervals=intervals,
     )
 
 
-def _residents(
-    pages: Sequence[Page], leftovers: Sequence[Weight], capacity_bytes: int | None, settled: frozenset[int]
+def _check_options(k: int | None, m: int | None) -> None:
+    if k is not None and k < 1:
+        raise OptionError(f"option 'k' must be a number of pages, 1 or more, not {k}")
+    if m is None:
+        return
+    if k is None:
+        raise OptionError(f"option 'm' needs option 'k', between 1 and which it must lie; m = {m} was given alone")
+    if not 1 <= m <= k:
+        raise OptionError(f"option 'm' must be between 1 and k = {k}, not {m}")
+
+
+def _check_window(steps: Sequence[Step], streamed: Sequence[Sequence[int]], k: int) -> None:
+    index = max(range(len(steps)), key=lambda step: len(streamed[step]), default=None)
+    if index is None or len(streamed[index]) <= k:
+        return
+    most = len(streamed[index])
+    where = f"segment {steps[index].segment!r} (step {index}) reads {most} pages at once"
+    raise OptionError(f"option 'k' must be at least {most} for this model, not {k}: {where}")
+
+
+def _choose_residents(
+    pages: Sequence[Page],
+    leftovers: Sequence[Weight],
+    steps: Sequence[Step],
+    capacity_bytes: int | None,
+    preferred: Collection[int],
 ) -> tuple[int, ...]:
     if capacity_bytes is None:
         return tuple(range(len(pages)))
-    room_bytes = capacity_bytes - sum(weight.nbytes for weight in leftovers)
-    return choose_residents([page.slot_bytes for page in pages], room_bytes, settled)
-
-
-def _check_capacity(
-    pages: Sequence[Page],
-    leftovers: Sequence[Weight],
-    residents: Sequence[int],
-    reads: Sequence[Sequence[int]],
-    capacity_bytes: int | None,
-    n_slots: int,
-) -> None:
-    streamed = {page for each in reads for page in each}
-    slot_bytes = max(pages[page].slot_bytes for page in streamed)
-    fixed_bytes = sum(weight.nbytes for weight in leftovers) + sum(pages[page].slot_bytes for page in residents)
-    needed_bytes = fixed_bytes + n_slots * slot_bytes
-    if capacity_bytes is not None and needed_bytes > capacity_bytes:
-        largest = max(streamed, key=lambda page: pages[page].slot_bytes)
+    leftovers_bytes = sum(weight.nbytes for weight in leftovers)
+    page_bytes = [page.slot_bytes for page in pages]
+    reads = [step.reads for step in steps]
+    room_bytes = max(
+        0, capacity_bytes - leftovers_bytes
+    )  # leftovers stay in any case: with no pages there is no choice
+    least_bytes = smallest_capacity_bytes(page_bytes, reads)
+    if room_bytes < least_bytes:
         raise OptionError(
-            f"the weights need at least {needed_bytes:,} bytes on the device ({n_slots} slots for {pages[largest].name} "
-            f"of {slot_bytes:,} bytes), and only {capacity_bytes:,} are free: free device memory, or give option 'k' as 1"
+            f"{capacity_bytes:,} bytes of device memory for weights are too few: the smallest plan for this model "
+            f"needs {least_bytes + leftovers_bytes:,} bytes"
         )
+    return spread_residents(page_bytes, reads, room_bytes, preferred)
+
+
+def _intervals(streamed: Sequence[Sequence[int]], k: int, m: int, wraps: bool) -> tuple[tuple[Interval, ...], int]:
+    """The stays with their slots, and after how many iterations the slots repeat."""
+    if not any(streamed):
+        return (), 1
+    n_steps = len(streamed)
+    stays = plan_window(streamed, k, m, wraps)
+    if wraps and slot_period(stays, n_steps) > max(k, MAX_PERIOD):
+        stays, slots = hold_slots(stays, n_steps)
+        period = 1
+    else:
+        slots, period = assign_slots(stays, n_steps, k, wraps)
+    intervals = zip(stays, slots, strict=True)
+    return tuple(Interval(stay.page, stay.start_step, stay.end_step, own) for stay, own in intervals), period
+
+
+def _slots(pages: Sequence[Page], intervals: Sequence[Interval]) -> tuple[Slot, ...]:
+    """Equal slots for the largest streamed page, side by side; as many as the intervals name."""
+    nbytes = max((pages[interval.page].slot_bytes for interval in intervals), default=0)
+    count = 1 + max((slot for interval in intervals for slot in interval.slots), default=-1)
+    return tuple(Slot(index * nbytes, nbytes) for index in range(count))

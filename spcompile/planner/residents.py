@@ -1,35 +1,150 @@
-"""Which pages stay on the device when no k is given.
+"""Which pages stay on the device where memory, and not k, is given.
 
-As many as fit, and the streamed ones spread evenly among them in order of use, so that each copy has the compute of
-residents to hide behind (design.md, decision 5). For a cyclic order of uses a fixed set of residents moves the fewest
-bytes: no policy of exchanging them does better (Belady).
+What: as many resident bytes as fit beside the slots of the window, spread evenly among the streamed pages.
+Why: for a cyclic order, keeping a fixed set resident moves the fewest bytes (Belady), and a copy hides behind the compute
+of the residents before it (docs/design.md, decision 5).
+
+    6 pages of which 2 fit beside two slots      R S S R S S      R resident, S streamed
+
+How: equal slots are as large as the largest streamed page, so the question is first how large that may be. For each size
+that occurs, all larger pages are resident; what memory is then left is filled with smaller ones; the size that moves the
+fewest bytes wins. Pages are taken in classes: those that another graph of the model already keeps on the device, then
+those that would be copied most often per iteration (the two ends of a tied weight), and within a class evenly in
+order of first use.
+
+This is a heuristic where sizes differ: no streamed page fits into what is left, so the resident bytes are within one streamed
+page of the most that this size of slots allows. For equal sizes it is exact in number and evenness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
-WINDOW = 2
-"""Slots for what is streamed: one is read while the other is filled."""
+MIN_SLOTS = 2
+"""Slots of the default window: one page computes while the next one is copied."""
 
 
-def choose_residents(slot_bytes: Sequence[int], capacity_bytes: int, settled: frozenset[int]) -> tuple[int, ...]:
-    """Indices of the pages that stay.
-
-    Pages of like size, the normal case, are placed optimally: fewest bytes are streamed. Where sizes differ, the
-    number of streamed pages is the smallest for which an even spread fits; a cleverer choice of which could stream
-    less, by at most the largest page per streamed one.
+def spread_residents(
+    page_bytes: Sequence[int], reads: Sequence[Sequence[int]], capacity_bytes: int, preferred: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Choose the residents.
 
     Args:
-        slot_bytes: bytes of each page on the device, in order of use.
-        capacity_bytes: what residents and two slots of the largest streamed page may take.
-        settled: pages that earlier graphs of the model keep on the device; they stay.
+        page_bytes: per page, what it takes on the device, resident or in a slot.
+        reads: per step, the pages that it reads.
+        capacity_bytes: device memory for residents and slots together.
+        preferred: pages to keep resident before all others, because another graph of the model already does.
+
+    Returns:
+        Indices of the residents in ascending order; all pages where all fit, otherwise none that is never read.
+
+    Raises:
+        ValueError: less than `smallest_capacity_bytes`.
     """
-    free = [page for page in range(len(slot_bytes)) if page not in settled]
-    for n_streamed in range(len(free) + 1):
-        streamed = {free[(2 * index + 1) * len(free) // (2 * n_streamed)] for index in range(n_streamed)}
-        residents = tuple(page for page in range(len(slot_bytes)) if page not in streamed)
-        slots_bytes = WINDOW * max((slot_bytes[page] for page in streamed), default=0)
-        if sum(slot_bytes[page] for page in residents) + slots_bytes <= capacity_bytes:
-            return residents
-    return tuple(sorted(settled))
+    if sum(page_bytes) <= capacity_bytes:
+        return tuple(range(len(page_bytes)))
+    fitting = [floor for floor in _floors(page_bytes, reads) if floor.nbytes <= capacity_bytes]
+    if not fitting:
+        raise ValueError(
+            f"{capacity_bytes} bytes are less than the {smallest_capacity_bytes(page_bytes, reads)} needed"
+        )
+    copies = _copies_per_iteration(reads)
+    choices = [
+        _fill(floor, page_bytes, copies, capacity_bytes - floor.nbytes, frozenset(preferred)) for floor in fitting
+    ]
+    # min keeps the first of equals, which is the one with the smallest slots
+    best = min(
+        choices, key=lambda chosen: sum(copies[page] * page_bytes[page] for page in copies if page not in chosen)
+    )
+    return tuple(sorted(best))
+
+
+def smallest_capacity_bytes(page_bytes: Sequence[int], reads: Sequence[Sequence[int]]) -> int:
+    """The least memory for which `spread_residents` finds a choice."""
+    return min(floor.nbytes for floor in _floors(page_bytes, reads))
+
+
+@dataclass(frozen=True)
+class _Floor:
+    """The least that must be on the device for one size of slots.
+
+    Attributes:
+        residents: pages larger than a slot.
+        nbytes: bytes of those and of the slots.
+    """
+
+    residents: frozenset[int]
+    nbytes: int
+
+
+def _floors(page_bytes: Sequence[int], reads: Sequence[Sequence[int]]) -> Iterator[_Floor]:
+    """One floor per size of slots, the smallest first; without slots at all where that is 0."""
+    read = {page for pages in reads for page in pages}
+    for slot_bytes in sorted({0, *(page_bytes[page] for page in read)}):
+        residents = frozenset(page for page in read if page_bytes[page] > slot_bytes)
+        most_read = max((sum(page not in residents for page in pages) for pages in reads), default=0)
+        n_slots = min(max(MIN_SLOTS, most_read), len(read) - len(residents))
+        yield _Floor(residents, n_slots * slot_bytes + sum(page_bytes[page] for page in residents))
+
+
+def _copies_per_iteration(reads: Sequence[Sequence[int]]) -> dict[int, int]:
+    """How often each page would be copied through a narrow window: once per run of steps that read it.
+
+    In order of first use. An estimate: the window that follows may bridge a short gap.
+    """
+    copies: dict[int, int] = {}
+    before: Sequence[int] = ()
+    for pages in filter(None, reads):
+        for page in pages:
+            copies[page] = copies.get(page, 0) + (page not in before)
+        before = pages
+    return copies
+
+
+def _fill(
+    floor: _Floor, page_bytes: Sequence[int], copies: dict[int, int], room_bytes: int, preferred: frozenset[int]
+) -> frozenset[int]:
+    """The floor's residents and, class by class, what else fits into ``room_bytes``."""
+    classes: dict[tuple[bool, int], list[int]] = {}
+    for page, count in copies.items():
+        if page not in floor.residents:
+            classes.setdefault((page not in preferred, -count), []).append(page)
+    chosen = set(floor.residents)
+    for key in sorted(classes):
+        more = _spread(classes[key], page_bytes, room_bytes)
+        room_bytes -= sum(page_bytes[page] for page in more)
+        chosen.update(more)
+    return frozenset(chosen)
+
+
+def _spread(pages: Sequence[int], page_bytes: Sequence[int], room_bytes: int) -> list[int]:
+    """Pages that fit into ``room_bytes`` together, evenly by bytes, until no further one fits."""
+    chosen = _take_evenly(pages, page_bytes, room_bytes)
+    taken_bytes = sum(page_bytes[page] for page in chosen)
+    # The room is rarely a whole number of pages. Aiming at what was reached spaces the same number of pages evenly.
+    again = _take_evenly(pages, page_bytes, taken_bytes)
+    if sum(page_bytes[page] for page in again) == taken_bytes:
+        chosen = again
+    room_bytes -= taken_bytes
+    for page in sorted((page for page in pages if page not in chosen), key=lambda page: -page_bytes[page]):
+        if page_bytes[page] <= room_bytes:
+            chosen.append(page)
+            room_bytes -= page_bytes[page]
+    return chosen
+
+
+def _take_evenly(pages: Sequence[int], page_bytes: Sequence[int], target_bytes: int) -> list[int]:
+    """Walk in order of use and take a page wherever the bytes taken lag behind their share of the bytes seen.
+
+    The first page is taken if any is: where the window does not wrap, its copy could hide behind nothing.
+    """
+    total_bytes = sum(page_bytes[page] for page in pages)
+    chosen, seen_bytes, taken_bytes = [], 0, 0
+    for page in pages:
+        seen_bytes += page_bytes[page]
+        lags = taken_bytes * total_bytes < target_bytes * seen_bytes
+        if lags and page_bytes[page] <= target_bytes - taken_bytes:
+            chosen.append(page)
+            taken_bytes += page_bytes[page]
+    return chosen

@@ -94,7 +94,8 @@ class _Window:
 
     def scan(self, position: int) -> None:
         """Extend held stays and start copies just before step ``position``, up to the use that finds no room."""
-        for step, page in self.uses[self.n_scanned :]:
+        while not self.all_scanned:
+            step, page = self.uses[self.n_scanned]
             if page in self.held:
                 self.held[page].end_step = step + 1
             elif len(self.held) < self.k:

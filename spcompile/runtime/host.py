@@ -9,8 +9,9 @@ otherwise).
 Each block is registered by one call. Several registrations side by side would look like one stretch of memory, but a
 copy that spans two of them fails with "invalid argument".
 
-The mapping is shared, not private. A fork (a data loader's workers) makes the child's own copy of every registered
-private page at once; shared pages it leaves alone.
+The mapping is private, in huge pages where the system has them: filling it took a fifth of the time that a shared one
+did (512 MiB on two cores: 12.9 GB/s against 2.7). A registered one is kept out of forked children, such as a data
+loader's workers: a fork would copy every pinned page at once.
 """
 
 from __future__ import annotations
@@ -149,13 +150,20 @@ class _Mapping(mmap.mmap):
     process: int
 
     def __del__(self) -> None:
-        # A forked child inherits the mapping but not CUDA; at exit CUDA may be gone, and the driver cleans up itself.
-        if self.device is None or self.process != os.getpid() or sys.is_finalizing():
+        if self.device is None or sys.is_finalizing():  # at exit CUDA may be gone, and the driver cleans up by itself
+            return
+        if self.process != os.getpid():
+            _inherited.append(self)
             return
         with suppress(RuntimeError):  # a copy may be in flight; where CUDA is broken nothing is
             torch.cuda.synchronize(self.device)
         with suppress(RuntimeError):
             _cudart().cudaHostUnregister(self.pointer)
+
+
+_inherited: list[_Mapping] = []
+"""Registered mappings that a forked child has dropped. The child has the object but not the memory, so unmapping it
+would take away whatever lies there now: it is kept for good."""
 
 
 class _DevicePointer:
@@ -182,9 +190,12 @@ class HostBlock:
         self.nbytes = nbytes
         self.device = device
         try:
-            self.mapping = _Mapping(-1, max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE)
+            size_bytes = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+            self.mapping = _Mapping(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise OffloadError(f"the system gives no host memory: {nbytes:,} bytes were asked for ({error})") from error
+        with suppress(AttributeError, OSError):  # not Linux, or a kernel without huge pages
+            self.mapping.madvise(mmap.MADV_HUGEPAGE)
         self.mapping.process = os.getpid()
         self.mapping.pointer = torch.frombuffer(self.mapping, dtype=torch.uint8).data_ptr()
 
@@ -242,6 +253,7 @@ class HostBlock:
                     "Raise the limit on locked memory (ulimit -l), give the container or cgroup more memory, or free "
                     "host memory"
                 )
+        self.mapping.madvise(mmap.MADV_DONTFORK)
         self.mapping.device = self.device
 
     def _touches(self, offset_bytes: int, source: Tensor) -> Iterator[tuple[int, int | None, int]]:

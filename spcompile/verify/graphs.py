@@ -4,9 +4,10 @@ After every pass the graph must lint, and no node may read an input behind the n
 segments and has transfer nodes, it is replayed node by node - cold, then warm for a whole period of phases, and cold in each
 phase, as after another graph used the arena - against an account of who owns which bytes of it:
 
-* a segment reads a page only through a load that has happened and whose evict has not;
+* a segment reads the pages that the plan says, through loads that have happened and whose evicts have not;
 * a copy never lands on a page that is in use, nor on one that is still to be used;
-* whatever is loaded was prefetched and is evicted, each once; nothing is left in use at the end;
+* whatever is loaded was prefetched and is evicted, each once; nothing is left in use at the end, and what the plan
+  starts for the next iteration is on its way;
 * no more than k pages hold slots, and all of them lie in the arena;
 * nothing that leaves a segment shares memory with a slot, and no segment writes into one.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -27,6 +28,10 @@ from spcompile import ops
 from spcompile.graph import format_graph
 from spcompile.ir import Plan, Slot
 from spcompile.verify.violations import Violation, raise_if_any
+
+STEP = "spcompile_step"
+"""``node.meta`` key that says which step a segment call, or its argument list, belongs to. The same as in passes.base, of
+which nothing is imported here."""
 
 
 def verify_graph(
@@ -44,7 +49,8 @@ def verify_graph(
     found = _lint(module, lines) + _reads_behind_writes(module.graph, lines)
     if plan is not None and (final or any(ops.is_op(node, op) for node in lines for op in ops.TRANSFERS)):
         found += _reads_in_place(module.graph, plan, weights, lines)
-        found += _slot_memory_escapes(module, lines)
+        found += _wrong_pages(module.graph, plan, lines)
+        found += _slot_memory_escapes(module, plan, weights, lines)
         found += _Replay(module.graph, plan, lines).run()
     return sorted(set(found), key=lambda each: (each.line, each.message))
 
@@ -109,16 +115,53 @@ def _reads_in_place(
     ]
 
 
-def _slot_memory_escapes(module: fx.GraphModule, lines: Mapping[fx.Node, int]) -> list[Violation]:
+def _wrong_pages(graph: fx.Graph, plan: Plan, lines: Mapping[fx.Node, int]) -> list[Violation]:
+    """Each step is handed the loads of the pages that it reads, in their order; several calls may share them."""
+    packs: dict[object, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if ops.is_op(node, ops.pack):
+            packs.setdefault(node.meta.get(STEP), []).append(node)
+    streamed = {interval.page for interval in plan.intervals}
+    found = []
+    for index, step in enumerate(plan.steps):
+        expected = [page for page in step.reads if page in streamed]
+        handed = [_pages_loaded(pack, plan) for pack in packs.get(index, ())]
+        all_handed = handed[0] if len(handed) == 1 else sorted({page for pages in handed for page in pages})
+        if all_handed != (expected if len(handed) == 1 else sorted(expected)):
+            line = lines[packs[index][0]] if index in packs else len(lines)
+            found.append(Violation(line, f"step {index} reads {_names(plan, expected)}, not {_names(plan, all_handed)}"))
+    return found
+
+
+def _pages_loaded(pack: fx.Node, plan: Plan) -> list[int]:
+    intervals = [value.args[1] for value in pack.args if isinstance(value, fx.Node) and _is_load(value)]
+    return [plan.intervals[each].page for each in intervals if _is_interval(each, plan)]
+
+
+def _is_interval(value: object, plan: Plan) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 <= value < len(plan.intervals)
+
+
+def _names(plan: Plan, pages: Iterable[int]) -> str:
+    return ", ".join(plan.pages[page].name for page in pages) or "no streamed page"
+
+
+def _slot_memory_escapes(
+    module: fx.GraphModule, plan: Plan, weights: Mapping[str, str], lines: Mapping[fx.Node, int]
+) -> list[Violation]:
     """Look into the segments that are not compiled yet: what may alias a slot, and what writes into one."""
     found = []
+    widths = _widths_of_loads(module.graph, plan, weights)
     for call in module.graph.find_nodes(op="call_module"):
         segment = getattr(module, str(call.target))
         pack = call.args[0]
         if not isinstance(segment, fx.GraphModule) or not isinstance(pack, fx.Node):
             continue
-        direct = sum(1 for value in pack.args if not _is_load(value))  # loads come last, see split_segments
-        inside = set(segment.graph.find_nodes(op="placeholder")[direct:])
+        taken = segment.graph.find_nodes(op="placeholder")
+        in_slot = [each for value in pack.args for each in _handed_over(value, widths)]
+        if len(in_slot) != len(taken):
+            found.append(Violation(lines[call], f"gets {len(in_slot)} values, but takes {len(taken)}"))
+        inside = {node for node, slot in zip(taken, in_slot, strict=False) if slot}
         roots = _owners_of_memory(segment.graph.nodes)
         for output in segment.graph.output_node().all_input_nodes:
             if roots[output] & inside:
@@ -126,7 +169,31 @@ def _slot_memory_escapes(module: fx.GraphModule, lines: Mapping[fx.Node, int]) -
         for node in segment.graph.nodes:
             if any(roots[destination] & inside for destination in _destinations(node)):
                 found.append(Violation(lines[call], f"{node.name} inside the segment writes into a slot"))
+        inner = {node: lines[call] for node in segment.graph.nodes}
+        found += _reads_behind_writes(segment.graph, inner)
     return found
+
+
+def _widths_of_loads(graph: fx.Graph, plan: Plan, weights: Mapping[str, str]) -> dict[fx.Node, int]:
+    """How many tensors each load returns: one for each argument of the graph that looks at its page."""
+    page_of = {weight.name: index for index, page in enumerate(plan.pages) for weight in page.weights}
+    counts: dict[int | None, int] = {}
+    for begin in graph.find_nodes(op="call_function", target=ops.begin):
+        for source in begin.all_input_nodes:
+            page = page_of.get(weights.get(source.name, ""))
+            counts[page] = counts.get(page, 0) + 1
+    return {
+        load: counts.get(plan.intervals[load.args[1]].page, 0)
+        for load in graph.find_nodes(op="call_function", target=ops.load)
+        if _is_interval(load.args[1], plan)
+    }
+
+
+def _handed_over(value: object, widths: Mapping[fx.Node, int]) -> list[bool]:
+    """For each value that an argument of ``pack`` becomes, whether it lies in a slot."""
+    if isinstance(value, fx.Node) and _is_load(value):
+        return [True] * widths.get(value, 0)
+    return [False]
 
 
 def _is_load(value: object) -> bool:
@@ -166,11 +233,17 @@ class _Replay:
         loaded: set[int] = set()
         begun = False
         for node in self.graph.nodes:
-            begun = begun or ops.is_op(node, ops.begin)
+            if ops.is_op(node, ops.begin):
+                if begun:
+                    self._report(node, "the iteration has begun already: its phase would advance twice")
+                begun = True
             if node.op == "output":
                 self._end(node, iteration, loaded)
             elif ops.is_op(node, ops.pack):
-                self._read(node, iteration)
+                self._read(node, node, iteration)
+            elif node.op == "call_module":
+                for pack in node.all_input_nodes:
+                    self._read(node, pack, iteration)
             elif any(_is_load(source) for source in node.all_input_nodes):
                 self._report(node, "reads a loaded page outside a segment: nothing would keep its slot")
             if node.op != "call_function" or node.target not in ops.TRANSFERS or node.target is ops.begin:
@@ -178,9 +251,12 @@ class _Replay:
             if not begun:
                 self._report(node, "comes before the iteration begins")
             interval = node.args[1]
-            if not isinstance(interval, int) or not 0 <= interval < len(self.plan.intervals):
+            if not _is_interval(interval, self.plan):
                 self._report(node, f"names interval {interval}, which the plan does not have")
-            elif node.target is ops.prefetch:
+                continue
+            if node.args[2] != self._name(interval):
+                self._report(node, f"interval {interval} is of {self._name(interval)}, not of {node.args[2]}")
+            if node.target is ops.prefetch:
                 ahead = node.kwargs.get("ahead", 0)
                 self._prefetch(node, iteration + int(ahead == 1), interval, phase + int(ahead == 1))
             elif node.target is ops.load:
@@ -224,14 +300,15 @@ class _Replay:
         if owner is not None:
             self.owners.remove(owner)
 
-    def _read(self, pack: fx.Node, iteration: int) -> None:
+    def _read(self, reader: fx.Node, pack: fx.Node, iteration: int) -> None:
+        """The call reads what ``pack`` took from the loads: both must happen during the stay."""
         for value in pack.args:
             if not isinstance(value, fx.Node) or not ops.is_op(value, ops.load):
                 continue
             interval = value.args[1]
             owner = self._owner(iteration, interval) if isinstance(interval, int) else None
             if owner is None or not owner.in_use:
-                self._report(pack, f"reads {value.name} outside its stay on the device")
+                self._report(reader, f"reads {value.name} outside its stay on the device")
 
     def _end(self, output: fx.Node, iteration: int, loaded: set[int]) -> None:
         for interval in range(len(self.plan.intervals)):
@@ -242,6 +319,9 @@ class _Replay:
                 self._report(output, f"{self._name(owner.interval)} is never evicted")
             elif owner.iteration == iteration:
                 self._report(output, f"the copy of {self._name(owner.interval)} is never awaited")
+        for interval, each in enumerate(self.plan.intervals):
+            if self.plan.wraps and each.start_step <= 0 and self._owner(iteration + 1, interval) is None:
+                self._report(output, f"the copy of {self._name(interval)} for the next iteration is not on its way")
         self.owners = [owner for owner in self.owners if owner.iteration > iteration and not owner.in_use]
 
     def _owner(self, iteration: int, interval: int) -> _Owner | None:
