@@ -27,6 +27,7 @@ import transformers
 from torch import Tensor
 
 import spcompile
+from spcompile.runtime.store import PageStore, find_store
 
 CASES = {"1 token": (1, 1), "8 x 2048 tokens": (8, 2048)}
 ITERATIONS = {"1 token": 15, "8 x 2048 tokens": 7}
@@ -74,19 +75,16 @@ def measure(call: Callable[[], Tensor], iterations: int) -> Measured:
     return Measured(statistics.median(times), torch.cuda.max_memory_allocated(), first_call_s, logits.clone())
 
 
-def measure_link(plan: spcompile.Plan) -> float:
-    """Bytes per second of the plan's pages, copied back to back from pinned memory into two slots."""
-    largest = max(page.nbytes for page in plan.pages)
-    host = torch.empty(2, largest, dtype=torch.uint8, pin_memory=True)
-    slots = torch.empty(2, largest, dtype=torch.uint8, device="cuda")
-    host.fill_(1)
+def measure_link(store: PageStore, plan: spcompile.Plan) -> float:
+    """Bytes per second of the plan's own pages, copied back to back from where they lie into two slots."""
+    slots = torch.empty(2, max(page.slot_bytes for page in plan.pages), dtype=torch.uint8, device="cuda")
     rates = []
     for _ in range(5):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for index, interval in enumerate(plan.intervals):
-            nbytes = plan.pages[interval.page].nbytes
-            slots[index % 2, :nbytes].copy_(host[index % 2, :nbytes], non_blocking=True)
+            for offset_bytes, source in store.pieces(plan.pages[interval.page]):
+                slots[index % 2, offset_bytes : offset_bytes + source.numel()].copy_(source, non_blocking=True)
         end.record()
         torch.cuda.synchronize()
         rates.append(plan.bytes_moved / (start.elapsed_time(end) / 1e3))
@@ -128,8 +126,10 @@ def main() -> None:
     torch.cuda.empty_cache()
     streamed = measure_all(model, {"k": 2, "m": 1})
     plan = spcompile.plan(model)
+    store = find_store(model.parameters())
+    assert store is not None
+    link = measure_link(store, plan)
     every = measure_all(model, {"k": len(plan.pages)})
-    link = measure_link(plan)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"weights {plan.weights_bytes / 1e9:.2f} GB, moved {plan.bytes_moved / 1e9:.2f} GB per iteration,", end=" ")

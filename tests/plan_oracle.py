@@ -1,7 +1,7 @@
 """Whether a plan may run at all, decided by writing out who holds which bytes during each step.
 
-A second opinion on the verifier of plans, from formulas instead of a replay and for small plans only: it says nothing of
-order, batches or waste, only whether a step could find wrong bytes or more than k pages could be on the device.
+A second opinion on the verifier of plans, from formulas instead of a replay and for small plans only: it says nothing
+of order, batches or waste, only whether a step could find wrong bytes or more than k pages could be on the device.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def make_plan(
         k: most pages that hold slots at any step; all pages or more: everything is resident. Otherwise nothing is.
         m: pages evicted and then loaded together, 1 by default. Needs k.
         capacity_bytes: device memory for weights, leftovers included. Only used without k; None: room for all.
-        residents: indices of pages that another graph of the model already keeps on the device; without k they are
-            kept first.
+        residents: indices of pages that another graph of the model already keeps on the device. Without k they are
+            kept before all others, as far as they fit.
 
     Raises:
         OptionError: k or m is out of range, k is less than the most pages that one step reads, or ``capacity_bytes``
@@ -59,7 +59,7 @@ def make_plan(
     if len(kept) == len(pages):
         k, m = len(pages), max(1, min(m or 1, len(pages)))
     elif k is None:
-        k, m = max(MIN_SLOTS, *map(len, streamed)), 1
+        k, m = max((MIN_SLOTS, *map(len, streamed))), 1
     _check_window(steps, streamed, k)
     intervals, period = _intervals(streamed, k, m or 1, wraps)
     return Plan(
@@ -83,7 +83,7 @@ def _check_options(k: int | None, m: int | None) -> None:
     if m is None:
         return
     if k is None:
-        raise OptionError(f"option 'm' needs option 'k', between 1 and which it must lie; m = {m} was given alone")
+        raise OptionError(f"option 'm' needs option 'k', and must be between 1 and k; m = {m} was given alone")
     if not 1 <= m <= k:
         raise OptionError(f"option 'm' must be between 1 and k = {k}, not {m}")
 
@@ -106,19 +106,16 @@ def _choose_residents(
 ) -> tuple[int, ...]:
     if capacity_bytes is None:
         return tuple(range(len(pages)))
-    leftovers_bytes = sum(weight.nbytes for weight in leftovers)
     page_bytes = [page.slot_bytes for page in pages]
     reads = [step.reads for step in steps]
-    room_bytes = max(
-        0, capacity_bytes - leftovers_bytes
-    )  # leftovers stay in any case: with no pages there is no choice
-    least_bytes = smallest_capacity_bytes(page_bytes, reads)
-    if room_bytes < least_bytes:
+    leftovers_bytes = sum(weight.nbytes for weight in leftovers)
+    least_bytes = leftovers_bytes + smallest_capacity_bytes(page_bytes, reads)
+    if capacity_bytes < least_bytes:
         raise OptionError(
             f"{capacity_bytes:,} bytes of device memory for weights are too few: the smallest plan for this model "
-            f"needs {least_bytes + leftovers_bytes:,} bytes"
+            f"needs {least_bytes:,} bytes"
         )
-    return spread_residents(page_bytes, reads, room_bytes, preferred)
+    return spread_residents(page_bytes, reads, capacity_bytes - leftovers_bytes, preferred)
 
 
 def _intervals(streamed: Sequence[Sequence[int]], k: int, m: int, wraps: bool) -> tuple[tuple[Interval, ...], int]:

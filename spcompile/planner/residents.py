@@ -1,19 +1,20 @@
 """Which pages stay on the device where memory, and not k, is given.
 
 What: as many resident bytes as fit beside the slots of the window, spread evenly among the streamed pages.
-Why: for a cyclic order, keeping a fixed set resident moves the fewest bytes (Belady), and a copy hides behind the compute
-of the residents before it (docs/design.md, decision 5).
+Why: for a cyclic order, keeping a fixed set resident moves the fewest bytes (Belady), and a copy hides behind the
+compute of the residents before it (docs/design.md, decision 5).
 
     6 pages of which 2 fit beside two slots      R S S R S S      R resident, S streamed
 
-How: equal slots are as large as the largest streamed page, so the question is first how large that may be. For each size
-that occurs, all larger pages are resident; what memory is then left is filled with smaller ones; the size that moves the
-fewest bytes wins. Pages are taken in classes: those that another graph of the model already keeps on the device, then
-those that would be copied most often per iteration (the two ends of a tied weight), and within a class evenly in
-order of first use.
+How: equal slots are as large as the largest streamed page, so the question is first how large that may be. For each
+size that occurs, all larger pages are resident; what memory is then left is filled with smaller ones; the size that
+moves the fewest bytes wins. Pages are taken in classes: those that another graph of the model already keeps on the
+device, then those that would be copied most often per iteration (the two ends of a tied weight), and within a class
+evenly in order of first use.
 
-This is a heuristic where sizes differ: no streamed page fits into what is left, so the resident bytes are within one streamed
-page of the most that this size of slots allows. For equal sizes it is exact in number and evenness.
+The odd case: this is a heuristic where sizes differ. What is left is smaller than any streamed page, so the resident
+bytes are within one streamed page of the most that this size of slots allows. For equal sizes it is exact in number and
+evenness.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ def spread_residents(
         return tuple(range(len(page_bytes)))
     fitting = [floor for floor in _floors(page_bytes, reads) if floor.nbytes <= capacity_bytes]
     if not fitting:
-        raise ValueError(
-            f"{capacity_bytes} bytes are less than the {smallest_capacity_bytes(page_bytes, reads)} needed"
-        )
+        needed_bytes = smallest_capacity_bytes(page_bytes, reads)
+        raise ValueError(f"{capacity_bytes} bytes are less than the {needed_bytes} needed")
     copies = _copies_per_iteration(reads)
-    choices = [
-        _fill(floor, page_bytes, copies, capacity_bytes - floor.nbytes, frozenset(preferred)) for floor in fitting
-    ]
-    # min keeps the first of equals, which is the one with the smallest slots
-    best = min(
-        choices, key=lambda chosen: sum(copies[page] * page_bytes[page] for page in copies if page not in chosen)
-    )
+    wanted = frozenset(preferred) & frozenset(copies)
+    choices = [_fill(floor, page_bytes, copies, capacity_bytes - floor.nbytes, wanted) for floor in fitting]
+
+    def cost_bytes(chosen: frozenset[int]) -> tuple[int, int]:
+        moved_bytes = sum(count * page_bytes[page] for page, count in copies.items() if page not in chosen)
+        return sum(page_bytes[page] for page in wanted - chosen), moved_bytes
+
+    best: frozenset[int] = min(choices, key=cost_bytes)  # of equals the first, which has the smallest slots
     return tuple(sorted(best))
 
 

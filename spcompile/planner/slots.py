@@ -6,17 +6,17 @@ to take the one slot that is free at that moment, and after one iteration pages 
 ``index % slots`` within an iteration is wrong at exactly this point.
 
 How: call the state at the start of an iteration who sits where: the slot of each stay of the start set, then the free
-slots in the order of their list. Every iteration makes the same stays, and the list hands out its head and takes back at
-its tail without a look at the name of a slot. So each iteration does the same to the *places* of the state: the slot at
-place ``moved[i]`` goes to place ``i``. Every slot is at one place before and after, so ``moved`` is a permutation. An
-iteration can therefore be undone, and a sequence that can be undone cannot enter a cycle from outside: the first state is
-also the first to come again, after P = order of ``moved`` iterations (the least common multiple of its cycles).
+slots in the order of their list. Every iteration makes the same stays, and the list hands out its head and takes back
+at its tail without a look at the name of a slot. So each iteration does the same to the *places* of the state: the slot
+at place ``moved[i]`` goes to place ``i``. Every slot is at one place before and after, so ``moved`` is a permutation.
+An iteration can therefore be undone, and a sequence that can be undone cannot enter a cycle from outside: the first
+state is also the first to come again, after P = order of ``moved`` iterations (least common multiple of its cycles).
 
 For a chain of N distinct pages on k <= N slots, slots are freed in the order of the copies, so the list goes round and
 round: copy number i, counted over all iterations, gets slot ``i % k``, and P = k / gcd(k, N).
 
 The odd case: for irregular orders the least common multiple can be huge (100 slots: up to 232,792,560, Landau's
-function). `hold_slots` then gives every stay one slot for good, and lets a copy for the next iteration wait for its own.
+function). `hold_slots` then gives every stay one slot for good, and lets a copy for the next iteration wait for it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def assign_slots(stays: Sequence[Stay], n_steps: int, k: int, wraps: bool) -> tu
         wraps: whether iterations follow each other. If not, each starts from the same assignment, and P = 1.
 
     Returns:
-        Per stay its slot in each phase, and the period P in iterations. Slots are numbered from 0, and there are as many
-        as stays ever meet.
+        Per stay its slot in each phase, and the period P in iterations. Slots are numbered from 0, and there are as
+        many as stays ever meet.
 
     Raises:
         ValueError: more than k stays meet.
@@ -103,7 +103,9 @@ def _follow_iteration(stays: Sequence[Stay], n_steps: int, n_slots: int) -> tupl
     taken: list[list[int]] = [[] for _ in range(n_steps + 1)]
     for index, stay in enumerate(stays):
         freed[stay.end_step].append(index)
-        taken[stay.start_step if index >= n_start else n_steps + stay.start_step].append(index)
+    for index in (*range(n_start, len(stays)), *range(n_start)):  # copies for the next iteration are issued last
+        start_step = stays[index].start_step
+        taken[start_step if index >= n_start else n_steps + start_step].append(index)
     slots = list(range(n_start)) + [-1] * (len(stays) - n_start)
     ahead: list[int] = []
     free = deque(range(n_start, n_slots))

@@ -2,9 +2,9 @@
 
 What: from the pages that each step reads to the stays, one per copy, in the order in which the copies are issued.
 Why here: the window is the only decision that explicit k and m leave open; slots (``slots.py``) follow from its stays.
-How: all uses of an iteration are scanned once, in order, with a pointer that runs ahead of the step that executes. A use
-of a page that is held extends its stay; any other use starts a copy while fewer than k pages are held. After each
-step, whole batches of m pages whose scanned uses are all over are evicted, and the pointer runs on.
+How: all uses of an iteration are scanned once, in order, by a pointer that runs ahead of the step that executes. A use
+of a page that is held extends its stay; any other use starts a copy while fewer than k pages are held. After each step,
+whole batches of m pages whose scanned uses are all over are evicted, and the pointer runs on.
 
     chain of 5, k = 3, m = 2      before step 0   copies 0 1 2
                                   after step 1    evict 0 1, copy 3 4
@@ -12,8 +12,8 @@ step, whole batches of m pages whose scanned uses are all over are evicted, and 
                                   after step 4    evict 4 (a short batch), copy 2 of the next iteration
 
 The odd cases: a step that reads several pages may find the window full of used pages that wait for their batch to be
-complete; they then leave early (``_Window.unblock``). At the end of an iteration, a page that comes first in the next one may
-still be held: it is not copied before that stay is over, so that no page ever has two slots.
+complete; they then leave early (``_Window.unblock``). At the end of an iteration, a page that comes first in the next
+one may still be held: it is not copied before that stay is over, so that no page ever has two slots.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class _Window:
     def unblock(self, step: int) -> None:
         """Evict short batches where the next step would otherwise find no room for what it reads.
 
-        What stays is read by the next step: the scan stopped there, so no use beyond it holds a page. Hence k of at least
-        the most pages that one step reads is always enough.
+        What stays is read by the next step: the scan stopped there, so no use beyond it holds a page. Hence a k of the
+        most pages that one step reads is always enough.
         """
         wanted = self.reads[step + 1] if step + 1 < len(self.reads) else ()
         if all(page in self.held for page in wanted):

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -55,11 +56,13 @@ class Arena:
         self.streams = streams
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
         self.tenants: list[Tenant] = []
-        self.generation = 0
+        # Views of the slots, by runtime. Kept here and not there: a runtime belongs to compiled code, which may outlive
+        # the model, and must not keep the block.
+        self.views: WeakKeyDictionary[Any, dict[Hashable, tuple[Tensor, ...]]] = WeakKeyDictionary()
         weakref.finalize(self, streams.synchronize).atexit = False  # a copy may be on its way into the block that dies
 
     def reserve(self, nbytes: int) -> None:
-        """Make the block at least this large. Growing moves it: what it held is forgotten, and ``generation`` goes up.
+        """Make the block at least this large. Growing moves it: what it held is forgotten.
 
         Raises:
             OffloadError: the device has not this much memory.
@@ -68,6 +71,7 @@ class Arena:
             return
         self.streams.synchronize()
         self.tenants.clear()
+        self.views.clear()
         self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # give the old block back first
         try:
             memory = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=self.device)
@@ -77,7 +81,6 @@ class Arena:
             ) from error
         shift = -memory.data_ptr() % ALIGNMENT_BYTES
         self.memory = memory[shift : shift + nbytes]
-        self.generation += 1
         self.streams.freed(self.memory)
         self.streams.side_wait(self.streams.compute_record())  # whoever had this memory before may still be at it
 

@@ -69,8 +69,6 @@ class Transfers(torch.nn.Module):
         self._foreign: dict[int, dict[int, Tensor]] = {}
         self._versions: dict[int, Hashable] = {}
         self._held: dict[int, Tenant] = {}
-        self._views: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        self._views_of = -1  # generation of the arena that _views look into
 
     @property
     def store(self) -> PageStore:
@@ -93,8 +91,6 @@ class Transfers(torch.nn.Module):
         arena = store.arena
         arena.reserve(self.plan.arena_bytes)
         arena.release_all()
-        if self._views_of != arena.generation:
-            self._views, self._views_of = {}, arena.generation
         self._held.clear()
         self._began = arena.streams.compute_record()
         self._foreign = self._find_foreign(store, weights)
@@ -188,10 +184,11 @@ class Transfers(torch.nn.Module):
         return foreign
 
     def _slot_views(self, index: int) -> tuple[Tensor, ...]:
+        views = self.store.arena.views.setdefault(self, {})
         key = (index, self.phase)
-        if key not in self._views:
-            self._views[key] = self._make_slot_views(self.plan.intervals[index])
-        return self._views[key]
+        if key not in views:
+            views[key] = self._make_slot_views(self.plan.intervals[index])
+        return views[key]
 
     def _make_slot_views(self, interval: Interval) -> tuple[Tensor, ...]:
         page, slot = self.plan.pages[interval.page], self.plan.slots[interval.slots[self.phase]]

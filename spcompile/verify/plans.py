@@ -191,7 +191,10 @@ def _needed_bytes(plan: Plan, page: int) -> int:
 
 
 def _check_batches(plan: Plan) -> Iterator[_Finding]:
-    """In a chain (a step reads one streamed page at most, a page is read once), batches of m leave together."""
+    """In a chain (a step reads one streamed page at most, a page is read once), batches of m leave together.
+
+    A last batch of less than m is never complete: it may leave once it has been used, or wait until the iteration ends.
+    """
     streamed = [[page for page in dict.fromkeys(step.reads) if page not in plan.residents] for step in plan.steps]
     order = [(pages[0], step) for step, pages in enumerate(streamed) if pages]
     is_chain = all(len(pages) <= 1 for pages in streamed) and len({page for page, _ in order}) == len(order)
@@ -201,7 +204,8 @@ def _check_batches(plan: Plan) -> Iterator[_Finding]:
         batch = order[first : first + plan.m]
         pages, complete = [page for page, _ in batch], batch[-1][1]
         for index, interval in enumerate(plan.intervals):
-            if interval.page in pages and interval.end_step != complete + 1:
+            ends = {complete + 1, len(plan.steps) if len(batch) < plan.m else complete + 1}
+            if interval.page in pages and interval.end_step not in ends:
                 names = ", ".join(_name(plan, page) for page in pages)
                 message = (
                     f"{_name(plan, interval.page)} leaves after step {interval.end_step - 1}, "

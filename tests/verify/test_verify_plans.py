@@ -271,6 +271,60 @@ def test_page_may_wait_for_its_batch_outside_chains_too() -> None:
     )
 
 
+def test_page_waits_no_longer_than_until_room_is_needed() -> None:
+    """m = 3: pages 0 and 1 wait for a third one, which finds no room before they leave; nobody waits for nothing."""
+    plan = Plan(
+        device="cpu",
+        k=3,
+        m=3,
+        wraps=False,
+        pages=layer_pages(4),
+        leftovers=(),
+        residents=(),
+        steps=(Step("a", None, (0, 1, 2)), Step("b", None, ()), Step("c", None, ()), Step("d", None, (2, 3))),
+        slots=equal_slots(3),
+        period=1,
+        intervals=(Interval(0, 0, 3, (0,)), Interval(1, 0, 3, (1,)), Interval(2, 0, 4, (2,)), Interval(3, 3, 4, (0,))),
+    )
+    assert verify_plan(plan) == []
+    waits = "layers.1 in [0, 2) keeps its slot until after step 1, but is last read at step 0"
+    assert messages(with_interval(plan, 1, Interval(1, 0, 2, (1,)))) == [waits]
+    assert len(messages(replace(plan, m=2))) == 2  # both wait, but only one may
+
+
+def test_short_last_batch_may_wait_until_the_iteration_ends() -> None:
+    plan = PLANS["chain_in_batches"]
+    plan = replace(plan, steps=(*plan.steps, Step("norm", None, ()), Step("sample", None, ())), wraps=False)
+    intervals = tuple(replace(each, start_step=max(each.start_step, 0)) for each in plan.intervals)
+    plan = replace(plan, intervals=intervals)
+    assert verify_plan(plan) == []
+    assert verify_plan(with_interval(plan, 4, replace(intervals[4], end_step=7))) == []
+    assert messages(with_interval(plan, 4, replace(intervals[4], end_step=6))) == [
+        "layers.4 in [2, 6) keeps its slot until after step 5, but is last read at step 4",
+        "layers.4 leaves after step 5, but its batch (layers.4) is evicted together after step 4",
+    ]
+
+
+def test_full_last_batch_does_not_wait() -> None:
+    plan = Plan(
+        device="cpu",
+        k=3,
+        m=2,
+        wraps=False,
+        pages=layer_pages(4),
+        leftovers=(),
+        residents=(),
+        steps=(*layer_steps(4), Step("norm", None, ())),
+        slots=equal_slots(3),
+        period=1,
+        intervals=(Interval(0, 0, 2, (0,)), Interval(1, 0, 2, (1,)), Interval(2, 0, 4, (2,)), Interval(3, 2, 4, (0,))),
+    )
+    assert verify_plan(plan) == []
+    assert messages(with_interval(plan, 2, Interval(2, 0, 5, (2,)))) == [
+        "layers.2 leaves after step 4, but its batch (layers.2, layers.3) is evicted together after step 3"
+    ]
+
+
 def test_budget_counts_arena_residents_and_leftovers() -> None:
     plan = PLANS["two_pages_in_one_step"]
     assert verify_plan(plan, plan.peak_weight_bytes) == []
@@ -351,7 +405,7 @@ def test_plan_without_steps_or_pages() -> None:
 
 @given(st.data())
 def test_what_is_clean_may_run(data: st.DataObject) -> None:
-    """Up to three mistakes at once, some of which make up for each other: the oracle agrees with every clean verdict."""
+    """Up to three mistakes at once, some of which make up for each other: the oracle agrees where nothing is found."""
     plan = data.draw(st.sampled_from(list(PLANS.values())))
     for _ in range(data.draw(st.integers(1, 3))):
         _, plan = data.draw(st.sampled_from(list(mutants(plan))))
