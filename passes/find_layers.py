@@ -5,9 +5,10 @@ Why here: the graph is final (views and write-backs are where they belong), and 
 Three sources, in this order:
 
 1. **The module tree**, from the names of the weights. Children of one module that are numbered (``layers.0``,
-   ``block1``) and hold alike weights are layers; the search goes from the root down and stops at the first such group, so
-   experts inside a layer do not split it, while stages of differing width (ConvNeXt, Swin) are entered and their
-   blocks found. A node belongs to the layer in whose path its ``nn_module_stack`` lies.
+   ``block1``) and hold alike weights are layers; the search goes from the root down and stops at the first such
+   group, so experts inside a layer do not split it, while stages of differing width (ConvNeXt, Swin) and towers
+   of many layers are entered and their blocks found. A node belongs to the layer in whose path its
+   ``nn_module_stack`` lies. Should most weights lie in one stretch outside the layers, that is cut as in 3.
 2. **Narrow cuts**, where the weights have no such names: nodes that every path from input to output passes through (the
    dominators of the data flow, networkx) end a part; parts that repeat in a cycle are joined into one layer.
 3. **Width**, where one part still holds most of the weights (skip connections over the whole depth): it is cut
@@ -17,9 +18,9 @@ Three sources, in this order:
     pow_2 = pow(add_6, 2)               # layers.0
     t_9 = t(w_9)                        # layers.1
 
-Nodes without a stack (sums that autograd made, moved write-backs) take the label of the node before them; cheap
-constants (``full``, ``arange``) are copied to each layer that reads them, so that they tie no layers together and identical
-layers stay identical.
+Nodes without a stack belong where the weights lie that they read; those that read none (sums that autograd made,
+moved write-backs) take the label of the node before them. Cheap constants (``full``, ``arange``) are copied to each
+layer that reads them, so that they tie no layers together and identical layers stay identical.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from spcompile.passes.base import LAYER, Program, weight_views
 
 SIMILAR = 0.5
 """Numbered siblings are layers when two of them share at least this part of their weights (relative name and bytes).
-The first T5 block has one weight more than the others, the first block of a ResNet stage a projection: 0.5 keeps both."""
+The first T5 block has one weight more than the others, the first block of a ResNet stage a projection: 0.5 keeps
+both."""
 
 SMALL_FRACTION = 64
 """Numbered siblings with names (``norm1``, ``norm2``) that together hold less than this part of the weights beside them
@@ -53,7 +55,8 @@ Signature = frozenset[tuple[str, int]]
 def find_layers(program: Program) -> None:
     """Write ``node.meta[LAYER]`` on every node that is not a placeholder or the output."""
     _tuck_getitems(program)
-    layer_paths = find_layer_paths((_dotted(each.path), each.weight.nbytes) for each in program.weights.values() if each.path)
+    named = [each for each in program.weights.values() if each.path]
+    layer_paths = find_layer_paths((_dotted(each.path), each.weight.nbytes) for each in named)
     if layer_paths:
         _label_by_module(program, layer_paths)
     else:
@@ -179,9 +182,10 @@ def _cut_outside(program: Program, views: dict[fx.Node, None]) -> None:
     reads = _weight_bytes_read(program, views)
     nodes = [node for node in program.graph.nodes if LAYER in node.meta]
     total_bytes = sum(reads[node] for node in nodes)
-    stretches = [list(group) for label, group in itertools.groupby(nodes, lambda node: node.meta[LAYER]) if label is None]
+    by_label = itertools.groupby(nodes, lambda node: node.meta[LAYER])
+    stretches = [list(group) for label, group in by_label if label is None]
     for index, stretch in enumerate(stretches):
-        pieces = _cut_by_width(stretch, reads, total_bytes)
+        pieces = _cut_by_width(stretch, reads, total_bytes, fewest_readers=2)
         for number, piece in enumerate(pieces if len(pieces) > 1 else ()):
             for node in piece:
                 node.meta[LAYER] = f"outside.{index}.{number}"
@@ -204,16 +208,18 @@ def _label_by_structure(program: Program) -> None:
     views = weight_views(program)
     nodes = [node for node in program.graph.nodes if node.op == "call_function" and node not in views]
     reads = _weight_bytes_read(program, views)
-    ends = _narrow_cuts(program, nodes)
+    ends = _narrow_cuts(program)
     parts = _drop_weightless(_split_after(nodes, ends), reads)
     total_bytes = sum(reads[node] for node in nodes)
     parts = [piece for part in parts for piece in _cut_by_width(part, reads, total_bytes)]
-    parts = _join_cycles(parts, program)
+    parts = _join_cycles(parts)
     for index, part in enumerate(parts):
         for node in part:
-            producer = node.args[0] if node.target is operator.getitem else None
-            inherited = isinstance(producer, fx.Node) and LAYER in producer.meta
-            node.meta[LAYER] = producer.meta[LAYER] if inherited else f"part.{index}" if len(parts) > 1 else None
+            source = node.args[0] if node.target is operator.getitem else None
+            if isinstance(source, fx.Node) and LAYER in source.meta:
+                node.meta[LAYER] = source.meta[LAYER]
+            else:
+                node.meta[LAYER] = f"part.{index}" if len(parts) > 1 else None
 
 
 def _weight_bytes_read(program: Program, views: dict[fx.Node, None]) -> dict[fx.Node, int]:
@@ -224,7 +230,7 @@ def _weight_bytes_read(program: Program, views: dict[fx.Node, None]) -> dict[fx.
     return {node: sum(behind.get(source, 0) for source in node.all_input_nodes) for node in program.graph.nodes}
 
 
-def _narrow_cuts(program: Program, nodes: Sequence[fx.Node]) -> frozenset[fx.Node]:
+def _narrow_cuts(program: Program) -> frozenset[fx.Node]:
     """Nodes that every path of activations from the inputs to the outputs passes through."""
     output = program.graph.output_node()
     flow = networkx.DiGraph()
@@ -246,7 +252,8 @@ def _narrow_cuts(program: Program, nodes: Sequence[fx.Node]) -> frozenset[fx.Nod
     while node is not None and node != source and dominators.get(node) != node:
         cuts.add(node)
         node = dominators.get(node)
-    return frozenset(cut for cut in cuts if isinstance(cut, fx.Node) and cut.op == "call_function" and len(tensors_of(cut)) == 1)
+    calls = [cut for cut in cuts if isinstance(cut, fx.Node) and cut.op == "call_function"]
+    return frozenset(cut for cut in calls if len(tensors_of(cut)) == 1)
 
 
 def _reachable_from_activations(program: Program) -> frozenset[fx.Node]:
@@ -287,10 +294,12 @@ def _drop_weightless(parts: list[list[fx.Node]], reads: dict[fx.Node, int]) -> l
     return joined
 
 
-def _cut_by_width(part: list[fx.Node], reads: dict[fx.Node, int], total_bytes: int) -> list[list[fx.Node]]:
+def _cut_by_width(
+    part: list[fx.Node], reads: dict[fx.Node, int], total_bytes: int, fewest_readers: int = 4
+) -> list[list[fx.Node]]:
     """Cut a part that holds most of the weights between consecutive readers of weights, where fewest tensors cross."""
     readers = [index for index, node in enumerate(part) if reads[node]]
-    if len(readers) < 4 or sum(reads[node] for node in part) <= DOMINANT * total_bytes:
+    if len(readers) < fewest_readers or sum(reads[node] for node in part) <= DOMINANT * total_bytes:
         return [part]
     position = {node: index for index, node in enumerate(part)}
     crossing = [0] * len(part)
@@ -300,17 +309,17 @@ def _cut_by_width(part: list[fx.Node], reads: dict[fx.Node, int], total_bytes: i
             crossing[index] += 1
     ends = {
         part[min(range(first, second), key=lambda index: (crossing[index], -index))]
-        for first, second in zip(readers, readers[1:], strict=False)
+        for first, second in itertools.pairwise(readers)
     }
     return _split_after(part, frozenset(ends))
 
 
-def _join_cycles(parts: list[list[fx.Node]], program: Program) -> list[list[fx.Node]]:
+def _join_cycles(parts: list[list[fx.Node]]) -> list[list[fx.Node]]:
     """Join parts that repeat in a cycle (attention, feed-forward, attention, ...) into one layer per cycle.
 
     The shortest period that repeats at least twice, starting anywhere, and covers more than half of the parts wins.
     """
-    shapes = [_shape_text(part, program) for part in parts]
+    shapes = [_shape_text(part) for part in parts]
     count = len(parts)
     for period in range(1, count // 2 + 1):
         for start in range(period):
@@ -322,12 +331,12 @@ def _join_cycles(parts: list[list[fx.Node]], program: Program) -> list[list[fx.N
                 continue
             if period == 1:
                 return parts
-            cycle = [sum(parts[at : at + period], []) for at in range(start, start + covered, period)]
+            cycle = [list(itertools.chain(*parts[at : at + period])) for at in range(start, start + covered, period)]
             return parts[:start] + cycle + parts[start + covered :]
     return parts
 
 
-def _shape_text(part: list[fx.Node], program: Program) -> str:
+def _shape_text(part: list[fx.Node]) -> str:
     return ";".join(f"{node.target}{[tuple(map(str, each.shape)) for each in tensors_of(node)]}" for node in part)
 
 

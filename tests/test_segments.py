@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from spcompile import segments
-from spcompile.graph import value_of
 from spcompile.options import COMPILERS
 from spcompile.pipeline import PASSES
 from spcompile.segments import CompiledSegment, compile_segments, segment_key
@@ -73,12 +72,12 @@ def test_compilers_do_not_share() -> None:
 
 
 def _node(layer: fx.GraphModule, target: object) -> fx.Node:
-    return next(node for node in layer.graph.nodes if node.target is target)
+    found: fx.Node = next(node for node in layer.graph.nodes if node.target is target)
+    return found
 
 
 def _input(layer: fx.GraphModule, index: int) -> fx.Node:
-    nodes: list[fx.Node] = layer.graph.find_nodes(op="placeholder")
-    return nodes[index]
+    return list(layer.graph.find_nodes(op="placeholder"))[index]
 
 
 def _set_constant(layer: fx.GraphModule, value: object) -> None:
@@ -86,11 +85,8 @@ def _set_constant(layer: fx.GraphModule, value: object) -> None:
     node.args = (node.args[0], value)  # type: ignore[assignment]
 
 
-def _set_input(layer: fx.GraphModule, index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    node = _input(layer, index)
-    value = value_of(node)
-    assert isinstance(value, torch.Tensor)
-    node.meta["val"] = change(value)
+def _set_input(layer: fx.GraphModule, index: int, value: torch.Tensor) -> None:
+    _input(layer, index).meta["val"] = value
 
 
 def _swap_inputs(layer: fx.GraphModule) -> None:
@@ -105,17 +101,17 @@ def _drop_output(layer: fx.GraphModule) -> None:
 DIFFERENCES: dict[str, Callable[[fx.GraphModule], None]] = {
     "constant": lambda layer: _set_constant(layer, 0.25),
     "constant in the last place": lambda layer: _set_constant(layer, 0.5000000000000001),
-    "sign of zero": lambda layer: _set_constant(layer, -0.5),
+    "sign of a constant": lambda layer: _set_constant(layer, -0.5),
     "type of a constant": lambda layer: _set_constant(layer, True),
     "operator": lambda layer: setattr(_node(layer, aten.mul.Tensor), "target", aten.add.Tensor),
     "keyword": lambda layer: setattr(_node(layer, aten.mul.Tensor), "kwargs", {"alpha": 2}),
     "order of inputs": _swap_inputs,
     "outputs": _drop_output,
-    "shape": lambda layer: _set_input(layer, 0, lambda x: torch.empty(3, 8)),
-    "stride": lambda layer: _set_input(layer, 0, lambda x: torch.empty(8, 2).t()),
-    "dtype": lambda layer: _set_input(layer, 1, lambda x: torch.empty(8, 8, dtype=torch.float64)),
-    "offset": lambda layer: _set_input(layer, 0, lambda x: torch.empty(3, 8)[1:]),
-    "device": lambda layer: _set_input(layer, 0, lambda x: torch.empty(2, 8, device="meta")),
+    "shape": lambda layer: _set_input(layer, 0, torch.empty(3, 8)),
+    "stride": lambda layer: _set_input(layer, 0, torch.empty(8, 2).t()),
+    "dtype": lambda layer: _set_input(layer, 1, torch.empty(8, 8, dtype=torch.float64)),
+    "offset": lambda layer: _set_input(layer, 0, torch.empty(3, 8)[1:]),
+    "device": lambda layer: _set_input(layer, 0, torch.empty(2, 8, device="meta")),
     "strides of what is computed": lambda layer: _node(layer, aten.mm.default).meta.update(val=torch.empty(8, 2).t()),
 }
 
@@ -135,7 +131,7 @@ class Compiler:
         self.calls: list[fx.GraphModule] = []
         monkeypatch.setattr(segments, "_compile", self)
 
-    def __call__(self, module: fx.GraphModule, compiler: str) -> Callable[[list[Any]], Any]:
+    def __call__(self, module: fx.GraphModule, _: str) -> Callable[[list[Any]], Any]:
         self.calls.append(module)
         return lambda values: module.forward(values)
 
@@ -150,7 +146,6 @@ def test_each_distinct_segment_is_compiled_once(monkeypatch: pytest.MonkeyPatch)
     assert (len(shared), len(own)) == (2, 0)
     assert outer.layers_0 is outer.layers_1
     assert outer.layers_0 is outer.layers_2
-    assert isinstance(outer.head, CompiledSegment)
     compile_segments(split(), "eager", shared, own)  # a recompilation
     assert len(compiler.calls) == 2
     compile_segments(split(rows="3"), "eager", shared, own)  # another batch size
@@ -174,7 +169,9 @@ def test_a_compiled_segment_empties_its_list_and_returns_a_tuple(compiler: str) 
     compile_segments(outer, compiler, {}, {})
     x, w = torch.randn(2, 8), torch.randn(8, 8, requires_grad=True)
     values = [x, w]
-    result = outer.layers_0(values)
+    compiled = outer.layers_0
+    assert isinstance(compiled, CompiledSegment)
+    result = compiled(values)
     assert values == []
     assert isinstance(result, tuple)
     assert torch.equal(result[0], x @ w.t() * 0.5)

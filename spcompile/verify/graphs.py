@@ -1,8 +1,8 @@
 """Check a graph against the rules that make it right, by replaying it; no code is shared with the passes.
 
-After every pass the graph must lint, and no node may read an input behind the node that updates it. Once the graph calls
-segments and has transfer nodes, it is replayed node by node - cold, then warm for a whole period of phases, and cold in each
-phase, as after another graph used the arena - against an account of who owns which bytes of it:
+After every pass the graph must lint, and no node may read an input behind the node that updates it. Once the graph
+calls segments and has transfer nodes, it is replayed node by node - cold, then warm for a whole period of phases, and
+cold in each phase, as after another graph used the arena - against an account of who owns which bytes of it:
 
 * a segment reads the pages that the plan says, through loads that have happened and whose evicts have not;
 * a copy never lands on a page that is in use, nor on one that is still to be used;
@@ -30,8 +30,8 @@ from spcompile.ir import Plan, Slot
 from spcompile.verify.violations import Violation, raise_if_any
 
 STEP = "spcompile_step"
-"""``node.meta`` key that says which step a segment call, or its argument list, belongs to. The same as in passes.base, of
-which nothing is imported here."""
+"""``node.meta`` key that says which step the argument list of a segment call belongs to. The same as in passes.base,
+of which nothing is imported here."""
 
 
 def verify_graph(
@@ -46,7 +46,7 @@ def verify_graph(
         final: whether all passes have run: the transfers must be there.
     """
     lines = {node: index for index, node in enumerate(module.graph.nodes)}
-    found = _lint(module, lines) + _reads_behind_writes(module.graph, lines)
+    found = _lint(lines) + _reads_behind_writes(module.graph, lines)
     if plan is not None and (final or any(ops.is_op(node, op) for node in lines for op in ops.TRANSFERS)):
         found += _reads_in_place(module.graph, plan, weights, lines)
         found += _wrong_pages(module.graph, plan, lines)
@@ -67,7 +67,7 @@ def check_graph(
     raise_if_any(f"the graph after {after}", format_graph(module.graph), violations)
 
 
-def _lint(module: fx.GraphModule, lines: Mapping[fx.Node, int]) -> list[Violation]:
+def _lint(lines: Mapping[fx.Node, int]) -> list[Violation]:
     seen: set[fx.Node] = set()
     found = []
     for node, line in lines.items():
@@ -92,9 +92,11 @@ def _reads_behind_writes(graph: fx.Graph, lines: Mapping[fx.Node, int]) -> list[
         for source in node.all_input_nodes:
             if source in destinations:  # a second update, not a read
                 continue
-            for root in roots[source]:
-                if root in updated and root.op == "placeholder":
-                    found.append(Violation(line, f"reads {root.name} after {updated[root].name} has updated it"))
+            found += [
+                Violation(line, f"reads {root.name} after {updated[root].name} has updated it")
+                for root in roots[source]
+                if root in updated and root.op == "placeholder"
+            ]
         for destination in destinations:
             updated.update((root, node) for root in roots[destination])
     return found
@@ -107,7 +109,10 @@ def _reads_in_place(
     page_of = {weight.name: page.name for page in plan.pages for weight in page.weights}
     streamed = {plan.pages[interval.page].name for interval in plan.intervals}
     return [
-        Violation(lines[node], f"reads {weights[source.name]} in place, although page {page_of[weights[source.name]]} is streamed")
+        Violation(
+            lines[node],
+            f"reads {weights[source.name]} in place, although page {page_of[weights[source.name]]} is streamed",
+        )
         for node in graph.nodes
         if ops.is_op(node, ops.pack)
         for source in node.all_input_nodes
@@ -129,7 +134,8 @@ def _wrong_pages(graph: fx.Graph, plan: Plan, lines: Mapping[fx.Node, int]) -> l
         all_handed = handed[0] if len(handed) == 1 else sorted({page for pages in handed for page in pages})
         if all_handed != (expected if len(handed) == 1 else sorted(expected)):
             line = lines[packs[index][0]] if index in packs else len(lines)
-            found.append(Violation(line, f"step {index} reads {_names(plan, expected)}, not {_names(plan, all_handed)}"))
+            message = f"step {index} reads {_names(plan, expected)}, not {_names(plan, all_handed)}"
+            found.append(Violation(line, message))
     return found
 
 
@@ -163,14 +169,17 @@ def _slot_memory_escapes(
             found.append(Violation(lines[call], f"gets {len(in_slot)} values, but takes {len(taken)}"))
         inside = {node for node, slot in zip(taken, in_slot, strict=False) if slot}
         roots = _owners_of_memory(segment.graph.nodes)
-        for output in segment.graph.output_node().all_input_nodes:
-            if roots[output] & inside:
-                found.append(Violation(lines[call], f"{output.name} leaves the segment and shares memory with a slot"))
-        for node in segment.graph.nodes:
-            if any(roots[destination] & inside for destination in _destinations(node)):
-                found.append(Violation(lines[call], f"{node.name} inside the segment writes into a slot"))
-        inner = {node: lines[call] for node in segment.graph.nodes}
-        found += _reads_behind_writes(segment.graph, inner)
+        found += [
+            Violation(lines[call], f"{output.name} leaves the segment and shares memory with a slot")
+            for output in segment.graph.output_node().all_input_nodes
+            if roots[output] & inside
+        ]
+        found += [
+            Violation(lines[call], f"{node.name} inside the segment writes into a slot")
+            for node in segment.graph.nodes
+            if any(roots[destination] & inside for destination in _destinations(node))
+        ]
+        found += _reads_behind_writes(segment.graph, dict.fromkeys(segment.graph.nodes, lines[call]))
     return found
 
 
@@ -343,9 +352,9 @@ def _owners_of_memory(nodes: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
     """For each node, the nodes whose memory its value may lie in, told by the annotations of the operators' schemas."""
     owners: dict[fx.Node, set[fx.Node]] = {}
     for node in nodes:
-        shared = _annotated(node, lambda info: True)
+        shared = _annotated(node, lambda _: True)
         if node.target is operator.getitem:  # an item of a list of views, or of the results of a segment
-            shared = [source for source in node.all_input_nodes if _annotated(source, lambda info: True)]
+            shared = [source for source in node.all_input_nodes if _annotated(source, lambda _: True)]
         owners[node] = set().union(*(owners.get(source, {source}) for source in shared)) or {node}
     return owners
 

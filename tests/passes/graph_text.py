@@ -110,7 +110,8 @@ class _Builder:
         if code.startswith("return "):
             self.graph.output(self._value(ast.parse(code.removeprefix("return "), mode="eval").body))
         elif re.match(r"\w+: ", code):
-            self._placeholder(*code.split(": ", 1), path, comment)
+            name, _, kind = code.partition(": ")
+            self._placeholder(name, kind, path, comment)
         else:
             self._call(code, path)
 
@@ -131,7 +132,7 @@ class _Builder:
         match = re.fullmatch(r"(\w+)\[(.*)\]", comment)
         assert match, f"input {name} needs a comment like 'float32[2, 8]', not {comment!r}"
         sizes = [size.strip() for size in match[2].split(",") if size.strip()]
-        shape = [int(size) if size.isdigit() else value_of(self.nodes[size]) for size in sizes]
+        shape: list[Any] = [int(size) if size.isdigit() else value_of(self.nodes[size]) for size in sizes]
         with self.fake_mode:
             return torch.empty(shape, dtype=getattr(torch, match[1]), device=DEVICE)
 
@@ -145,7 +146,7 @@ class _Builder:
         target = _target(match[2])
         node = self._named(self.graph.create_node("call_function", target, args, kwargs, name=match[1]), match[1])
         with self.fake_mode:
-            node.meta["val"] = target(*fx.map_arg(args, value_of), **fx.map_arg(kwargs, value_of))
+            node.meta["val"] = target(*_values(args), **_values(kwargs))
         if path:
             node.meta["nn_module_stack"] = {"": (path, torch.nn.Module)}
 
@@ -164,6 +165,13 @@ class _Builder:
         if isinstance(tree, ast.Tuple):
             return tuple(self._value(item) for item in tree.elts)
         return ast.literal_eval(tree)
+
+
+def _values(arguments: Any) -> Any:
+    def value(node: fx.Node) -> Any:
+        return value_of(node)
+
+    return fx.map_arg(arguments, value)
 
 
 def _target(name: str) -> Any:

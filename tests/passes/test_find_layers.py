@@ -1,4 +1,4 @@
-"""`find_layers`: the layers of module trees as they come from model libraries, and of models whose weights have no names.
+"""`find_layers`: the layers of module trees as model libraries build them, and of models whose weights have no names.
 
 Module trees are lists of (path of a weight, its bytes), shaped like those of the libraries but small. Nameless models
 are traced, because the texture of real graphs is what the structural search has to cope with; what is asserted is which
@@ -47,12 +47,13 @@ def t5(count: int) -> Weights:
     inner |= {"layer.0.norm.weight": 8, "layer.1.wi.weight": 128, "layer.1.wo.weight": 128, "layer.1.norm.weight": 8}
     table = [(f"{stack}.block.0.layer.0.attn.relative_attention_bias.weight", 32) for stack in ("encoder", "decoder")]
     cross = {**inner, **{f"layer.2.{name}": nbytes for name, nbytes in CROSS.items()}}
-    return [("shared.weight", 9000), *blocks("encoder.block", count, inner), *blocks("decoder.block", count, cross), *table]
+    stacks = blocks("encoder.block", count, inner) + blocks("decoder.block", count, cross)
+    return [("shared.weight", 9000), *stacks, *table]
 
 
 def resnet(depths: Sequence[int]) -> Weights:
     """Stages of doubling width; the first block of each has a wider input and a projection."""
-    weights: Weights = [("conv1.weight", 9000), ("bn1.weight", 64), ("bn1.bias", 64), ("fc.weight", 5000), ("fc.bias", 9)]
+    weights: Weights = [("conv1.weight", 9000), ("bn1.weight", 64), ("bn1.bias", 64), ("fc.weight", 5000)]
     for stage, depth in enumerate(depths, start=1):
         width = 32 * 2**stage
         for index in range(depth):
@@ -60,7 +61,7 @@ def resnet(depths: Sequence[int]) -> Weights:
             block = {"conv1.weight": 9 * narrow * width, "bn1.weight": width, "bn1.bias": width}
             block |= {"conv2.weight": 9 * width * width, "bn2.weight": width, "bn2.bias": width}
             if narrow != width:
-                block |= {"downsample.0.weight": narrow * width, "downsample.1.weight": width, "downsample.1.bias": width}
+                block |= {"downsample.0.weight": narrow * width, "downsample.1.weight": width}
             weights += below(f"layer{stage}.{index}", block)
     return weights
 
@@ -169,7 +170,7 @@ TREES: dict[str, tuple[Weights, list[str]]] = {
             for index in range(1, 5)
             for each in below(
                 f"features.denseblock{block}.denselayer{index}",
-                {"norm1.weight": 9 * block * index, "conv1.weight": 90 * block * index, "norm2.weight": 8, "conv2.weight": 72},
+                {"norm1.w": 9 * block * index, "conv1.w": 90 * block * index, "norm2.w": 8, "conv2.w": 72},
             )
         ],
         [f"features.denseblock{block}.denselayer{index}" for block in (1, 2) for index in range(1, 5)],
@@ -243,7 +244,7 @@ def traced(function: Callable[..., Any], *args: Any) -> Program:
     def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         capture = Capture(module, examples, Options(compiler="eager"), storage_weights())
 
-        def keep(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def keep(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
             programs.append(capture.program(graph, device=torch.device("cpu"), wraps=True, store=None))
             return graph.forward
 
@@ -354,7 +355,7 @@ def test_one_nameless_weight_is_no_layer() -> None:
 
     program = traced(product, X, square(1))
     assert layers_of(program) == [[0]]
-    assert {node.meta[LAYER] for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)} == {None}
+    assert {node.meta[LAYER] for node in program.graph.nodes if node.op == "call_function"} == {None}
 
 
 def labels_by_weight(program: Program) -> dict[str, str | None]:
@@ -388,7 +389,7 @@ class Chain(nn.Module):
 
 def test_weights_read_by_the_root_are_outside() -> None:
     """The root's own operators have no module stack: what they read tells where they belong."""
-    labels = {name.rpartition("self.")[2].rpartition(".")[2]: label for name, label in labels_by_weight(traced(Chain(), X)).items()}
+    labels = {name.rpartition(".")[2]: label for name, label in labels_by_weight(traced(Chain(), X)).items()}
     assert labels["embed"] is None
     assert labels["head"] is None
 
@@ -431,3 +432,21 @@ def test_most_weights_outside_the_layers_are_cut_too() -> None:
     labels = dict.fromkeys(labels_by_weight(program).values())
     assert len(labels) == 7
     assert sum(1 for label in labels if label is not None and label.startswith("outside.")) == 5
+
+
+class Convolutions(nn.Module):
+    """AlexNet: most weights in a classifier of two matrices that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.classifier(self.features(x))
+        return y
+
+
+def test_two_large_weights_outside_the_layers_are_two_pages() -> None:
+    labels = labels_by_weight(traced(Convolutions(), X))
+    assert len(dict.fromkeys(labels.values())) == 4

@@ -102,7 +102,8 @@ class Rewritten:
         return [node for node in self.module.graph.nodes if ops.is_op(node, op)]
 
     def node(self, name: str) -> fx.Node:
-        return next(node for node in self.module.graph.nodes if node.name == name)
+        found: fx.Node = next(node for node in self.module.graph.nodes if node.name == name)
+        return found
 
     def lines_found(self) -> list[str]:
         """The guilty lines, as they are printed."""
@@ -131,7 +132,6 @@ def rewritten(name: str) -> Rewritten:
     """A copy to spoil."""
     original = _original(*PLANS[name])
     return replace(original, module=copy.deepcopy(original.module))
-
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -188,9 +188,7 @@ def must_keep_order(first: fx.Node, second: fx.Node, plan: Plan) -> bool:
         ahead = second.kwargs.get("ahead", 0)
         assert isinstance(ahead, int)
         one, other = (plan.intervals[int(str(node.args[1]))] for node in (first, second))
-        return any(
-            one.slots[phase] == other.slots[(phase + ahead) % plan.period] for phase in range(plan.period)
-        )
+        return any(one.slots[phase] == other.slots[(phase + ahead) % plan.period] for phase in range(plan.period))
     if second.target is ops.evict:  # a call that reads the page
         return any(
             ops.is_op(load, ops.load) and load.args[1] == second.args[1]
@@ -243,7 +241,7 @@ def test_an_evict_before_its_reader(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_prefetch_before_its_slot_is_free(name: str) -> None:
-    """Above the last evict before it, of whatever page: some other page still needs the place, or there are more than k."""
+    """Above the last evict before it that frees its slot in some phase."""
     n_mutants = 0
     for index in range(len(rewritten(name).all(ops.prefetch))):
         each = rewritten(name)
