@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -13,7 +13,7 @@ from spcompile.ir import Page, Plan, Weight
 from spcompile.options import Options
 
 LAYER = "spcompile_layer"
-"""``node.meta`` key: label of the layer that the node belongs to, or None outside the layers. Set by ``find_layers``."""
+"""``node.meta`` key: label of the node's layer, or None outside the layers. Set by ``find_layers``."""
 
 SEGMENT = "spcompile_segment"
 """``node.meta`` key: index of the segment (= step) that the node goes into. Set by ``make_schedule``."""
@@ -47,6 +47,7 @@ class Program:
     Attributes:
         module: the ATen graph; after ``split_segments`` the outer graph that calls segments.
         weights: by name of the placeholder. Several placeholders may share one weight.
+        model_order: place of each weight, by name, in the order of the model's parameters.
         options: what the user asked for.
         device: compute device as text.
         wraps: whether the end of an iteration may prefetch for the next one (not in training).
@@ -63,6 +64,7 @@ class Program:
     options: Options
     device: str
     wraps: bool
+    model_order: Mapping[str, int] = field(default_factory=dict)
     capacity_bytes: int | None = None
     known_pages: tuple[Page, ...] = ()
     known_residents: frozenset[str] = frozenset()

@@ -13,17 +13,27 @@ Why here, and last: the outer graph now has one call per step, so the plan's sch
                                         prefetch_1 = prefetch(runtime, 0, 'layers.0', ahead=1)
 
 How: the actions of `Plan.actions` are inserted in their order, each in front of the call of its step. A streamed page's
-weights in a call become the tuple that its load returned; resident pages and leftovers stay what they were, arguments of
-the graph: their memory is on the device.
+weights in a call become the tuple that its load returned; resident pages and leftovers stay what they were, arguments
+of the graph: their memory is on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import fx
+from torch.fx.node import Argument
 
 from spcompile import ops
 from spcompile.ir import Action, ActionKind
 from spcompile.passes.base import STEP, Program, paged_inputs
+
+OPS: dict[ActionKind, Callable[..., Any]] = {
+    ActionKind.PREFETCH: ops.prefetch,
+    ActionKind.LOAD: ops.load,
+    ActionKind.EVICT: ops.evict,
+}
 
 RUNTIME = "runtime"
 """Attribute of the outer graph module through which its nodes reach the runtime."""
@@ -64,8 +74,8 @@ def _transfer(program: Program, runtime: fx.Node, action: Action) -> fx.Node:
     plan = program.planned()
     assert action.interval is not None
     page = plan.pages[plan.intervals[action.interval].page].name
-    kwargs = {"ahead": action.ahead} if action.ahead else {}
-    op = {ActionKind.PREFETCH: ops.prefetch, ActionKind.LOAD: ops.load, ActionKind.EVICT: ops.evict}[action.kind]
+    kwargs: dict[str, Argument] = {"ahead": action.ahead} if action.ahead else {}
+    op = OPS[action.kind]
     return program.graph.call_function(op, (runtime, action.interval, page), kwargs)
 
 

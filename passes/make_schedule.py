@@ -20,15 +20,19 @@ The odd case: weights that the graph writes stay out of pages, and are used in p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from spcompile.errors import OptionError
 from spcompile.graph import is_scalar
-from spcompile.ir import Page, Step, Weight
+from spcompile.ir import Page, Plan, Step, Weight
 from spcompile.passes.base import IN_PLACE, LAYER, SEGMENT, Program, written_weights
 from spcompile.planner.make_plan import make_plan
+
+logger = logging.getLogger(__name__)
 
 LEFTOVER_FRACTION = 64
 """Weights outside the layers that together are smaller than this part of the largest page stay on the device."""
@@ -49,9 +53,7 @@ def make_schedule(program: Program) -> None:
     runs = _runs(program)
     pages, leftovers = _pages(program, runs)
     written = written_weights(program)
-    page_of = {
-        weight: index for index, page in enumerate(pages) for weight in page.weights if weight not in written
-    }
+    page_of = {weight: index for index, page in enumerate(pages) for weight in page.weights if weight not in written}
     steps = []
     seen: dict[str, int] = {}
     for index, run in enumerate(runs):
@@ -60,17 +62,36 @@ def make_schedule(program: Program) -> None:
         count = seen[run.label] = seen.get(run.label, -1) + 1
         reads = dict.fromkeys(page_of[weight] for weight in run.reads if weight in page_of)
         steps.append(Step(f"{run.label}#{count}" if count else run.label, run.layer, tuple(reads)))
-    program.plan = make_plan(
-        device=program.device,
-        pages=pages,
-        leftovers=leftovers,
-        steps=tuple(steps),
-        wraps=program.wraps,
-        k=program.options.k,
-        m=program.options.m,
-        capacity_bytes=program.capacity_bytes,
-        residents=tuple(index for index, page in enumerate(pages) if page.name in program.known_residents),
-    )
+    program.plan = _plan(program, pages, leftovers, tuple(steps))
+
+
+def _plan(program: Program, pages: tuple[Page, ...], leftovers: tuple[Weight, ...], steps: tuple[Step, ...]) -> Plan:
+    """Plan as asked for. Without k: by free memory, and where that seems not to do, with the smallest window of two.
+
+    What seems not to do may well fit: activations are bounded before fusion, and that bound is pessimistic.
+    """
+
+    def plan(k: int | None, m: int | None) -> Plan:
+        return make_plan(
+            device=program.device,
+            pages=pages,
+            leftovers=leftovers,
+            steps=steps,
+            wraps=program.wraps,
+            k=k,
+            m=m,
+            capacity_bytes=program.capacity_bytes,
+            residents=tuple(index for index, page in enumerate(pages) if page.name in program.known_residents),
+        )
+
+    try:
+        return plan(program.options.k, program.options.m)
+    except OptionError as error:
+        if program.options.k is not None:
+            raise
+        logger.warning("%s; streaming everything", error)
+        widest = max(len(step.reads) for step in steps)
+        return plan(max(widest, min(2, len(pages) - 1)), 1)
 
 
 def _runs(program: Program) -> list[_Run]:
@@ -84,7 +105,7 @@ def _runs(program: Program) -> list[_Run]:
             runs.append(_Run(layer or "", layer, [], {}))
         runs[-1].nodes.append(node)
         runs[-1].reads.update((weights[source].weight, None) for source in node.all_input_nodes if source in weights)
-    return _name_outside(_join_weightless(runs), program)
+    return _name_outside(_join_weightless(runs))
 
 
 def _join_weightless(runs: list[_Run]) -> list[_Run]:
@@ -99,7 +120,7 @@ def _join_weightless(runs: list[_Run]) -> list[_Run]:
     return joined
 
 
-def _name_outside(runs: list[_Run], program: Program) -> list[_Run]:
+def _name_outside(runs: list[_Run]) -> list[_Run]:
     """Name the runs outside the layers after the first weight that they read, module path only."""
     taken = {run.label for run in runs}
     for index, run in enumerate(runs):
@@ -138,9 +159,9 @@ def _pages(program: Program, runs: Sequence[_Run]) -> tuple[tuple[Page, ...], tu
             groups.setdefault(tuple(labels), []).append(weight)
     taken = {page.name for page in program.known_pages}
     fresh = []
-    for labels, members in groups.items():
-        in_layer = any(label in layer_labels for label in labels)
-        fresh.append((Page(_page_name(labels, members, taken), tuple(_in_model_order(program, members))), in_layer))
+    for group, members in groups.items():
+        in_layer = any(label in layer_labels for label in group)
+        fresh.append((Page(_page_name(group, members, taken), tuple(_in_model_order(program, members))), in_layer))
     largest = max((page.nbytes for page, _ in fresh), default=0)
     for page, in_layer in fresh:
         if in_layer or page.nbytes * LEFTOVER_FRACTION >= largest:
@@ -163,7 +184,6 @@ def _page_name(labels: tuple[str, ...], members: Sequence[Weight], taken: set[st
 
 
 def _in_model_order(program: Program, members: Sequence[Weight]) -> list[Weight]:
-    """Order of the graph's placeholders, which is that of the model's parameters: neighbours in host memory stay
-    neighbours in the page, and one copy moves them all."""
-    order = {each.weight: index for index, each in reversed(list(enumerate(program.weights.values())))}
-    return sorted(members, key=order.__getitem__)
+    """Host memory holds weights in the order of the model's parameters: neighbours there are neighbours in the page, so
+    that one copy moves them all. (The graph's own order is that of use: 4 to 5 copies for each Llama layer.)"""
+    return sorted(members, key=lambda weight: program.model_order.get(weight.name, len(program.model_order)))

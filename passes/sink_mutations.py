@@ -1,8 +1,8 @@
 """The write-back of an updated input moves beside the value it writes.
 
 Why here: AOTAutograd makes the graph functional and puts every ``copy_`` into an input (a KV cache, batch-norm
-statistics) at its very end. There they would all fall into the last segment: each new cache would live until then beside
-the old one, and be copied once more. Beside its producer, Inductor writes in place.
+statistics) at its very end. There they would all fall into the last segment: each new cache would live until then
+beside the old one, and be copied once more. Beside its producer, Inductor writes in place.
 
     before                                  after
     new = index_put(cache, i, k)            new = index_put(cache, i, k)
@@ -35,9 +35,7 @@ def sink_mutations(program: Program) -> None:
             last.append(node)
 
 
-def _last_dependency(
-    node: fx.Node, destination: fx.Node, roots: dict[fx.Node, frozenset[fx.Node]]
-) -> fx.Node | None:
+def _last_dependency(node: fx.Node, destination: fx.Node, roots: dict[fx.Node, frozenset[fx.Node]]) -> fx.Node | None:
     """The last node, as the graph stands now, that must stay above ``node``."""
     last = None
     for other in node.graph.nodes:

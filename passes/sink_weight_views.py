@@ -1,17 +1,17 @@
 """Views and casts of a weight are computed where they are used.
 
 Why here: a segment must get its weights from the page, and nothing that shares memory with a slot may live longer than
-the page's interval. AOTAutograd leaves ``t(w)`` wherever tracing met it first, which may be another layer, and users far
-apart may share it. So each reader gets a copy of the chain of its own, right before it; views cost nothing, casts cost
-what they cost in eager, and Inductor merges duplicates inside one segment.
+the page's interval. AOTAutograd leaves ``t(w)`` wherever tracing met it first, which may be another layer, and users
+far apart may share it. So each reader gets a copy of the chain of its own, right before it; views cost nothing, casts
+cost what they cost in eager, and Inductor merges duplicates inside one segment.
 
     before                          after
     t = t(w)                        x1 = mul(x, 2)
     x1 = mul(x, 2)                  t_1 = t(w)
     y = mm(x1, t)                   y = mm(x1, t_1)
 
-The odd case: what the graph returns. A view of a weight that is an output (autograd saves them where the partitioner was
-not told to recompute) stays on the placeholder itself, never on a slot: it then lives in the weight's own memory.
+The odd case: what the graph returns. A view of a weight that is an output (autograd saves them where the partitioner
+was not told to recompute) stays on the placeholder itself, never on a slot: it then lives in the weight's own memory.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ Why here: every node knows its segment, and from now on only whole segments are 
 
 How: a segment is an interval of program order, so values only ever flow forward. A segment's inputs come in a canonical
 order - activations and scalars in order of first use, then its weights page by page in page order - and its nodes get
-canonical names, so that identical layers give identical sub-modules, wherever their pages are placed. Scalars (sizes) are
-computed in the outer graph and handed in; a symbol that only shows in a shape is handed in too, because Inductor needs it
-bound. A segment takes one list, empties it (see ``ops.pack``), and returns a tuple.
+canonical names, so that identical layers give identical sub-modules, wherever their pages are placed. Scalars (sizes)
+are computed in the outer graph and handed in; a symbol that only shows in a shape is handed in too, because Inductor
+needs it bound. A segment takes one list, empties it (see ``ops.pack``), and returns a tuple.
 
 The odd case: a scalar computed from a tensor inside a segment would have to leave it halfway. Tracing expresses sizes
 by the symbols of the inputs, so it is recomputed from those; where it cannot be, the segment is cut there.
@@ -147,12 +147,12 @@ def _is_subgraph(node: fx.Node) -> bool:
 
 def _symbols_of(node: fx.Node) -> set[str]:
     values = [value_of(node)] if is_scalar(node) else tensors_of(node)
-    return {str(symbol) for value in values for symbol in free_symbols(value)}  # type: ignore[arg-type]
+    return {str(symbol) for value in values for symbol in free_symbols(value)}
 
 
 def _symbol_placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
     """For each size symbol, the input that carries it."""
-    found = {}
+    found: dict[str, fx.Node] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = value_of(node)
         if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:

@@ -1,8 +1,8 @@
 """The torch.compile backend: from Dynamo's graph to what runs.
 
-``torch.compile(model, backend="superpipeline")`` calls `superpipeline` with a torch-level graph. Each ATen graph that comes
-of it goes the same way: the passes of ``pipeline``, its distinct segments compiled once, its weights placed as planned,
-and a runtime behind its transfer nodes. The outer graph that is printed is the one that runs.
+``torch.compile(model, backend="superpipeline")`` calls `superpipeline` with a torch-level graph. Each ATen graph that
+comes of it goes the same way: the passes of ``pipeline``, its distinct segments compiled once, its weights placed as
+planned, and a runtime behind its transfer nodes. The outer graph that is printed is the one that runs.
 """
 
 from __future__ import annotations
@@ -67,24 +67,18 @@ class _Compiler:
             raise OptionError(
                 f"option 'device' is {options.device!r}, but the model was offloaded for {self.store.device}"
             )
-        self.capture = Capture(gm, example_inputs, options, self.store.weight_of)
+        self.capture = Capture(gm, example_inputs, options, self.store.weight_of, self.store.model_order())
         self.placements: list[Plan] = []
         self.segments: dict[str, torch.nn.Module] = {}
         self.traced = False
 
     def compile(self) -> Callable[..., Any]:
-        compiled = self.capture.trace(inference=self._compile_inference, training=self._compile_training)
+        compiled = self.capture.trace(self._compile_graph)
         self.traced = True
         self._place()
         return compiled
 
-    def _compile_inference(self, module: fx.GraphModule, inputs: Sequence[Any]) -> BoxedCallable:
-        return self._compile_graph(module, wraps=True)
-
-    def _compile_training(self, module: fx.GraphModule, inputs: Sequence[Any]) -> BoxedCallable:
-        return self._compile_graph(module, wraps=False)
-
-    def _compile_graph(self, module: fx.GraphModule, *, wraps: bool) -> BoxedCallable:
+    def _compile_graph(self, module: fx.GraphModule, wraps: bool) -> BoxedCallable:
         store = self.store
         program = self.capture.program(module, device=store.device, wraps=wraps, store=store)
         views = self._weight_views(program)
@@ -106,7 +100,7 @@ class _Compiler:
             tensor = self.capture.example_of(node)
             assert tensor is not None
             views[node.name] = WeightView(
-                each.weight.name, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+                each.weight.name, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
             )
         return views
 
@@ -123,7 +117,9 @@ def _find_store(example_inputs: Sequence[Any]) -> PageStore:
     if len(stores) == 1:
         return stores[0]
     if len(stores) > 1:
-        raise OffloadError("this graph reads weights of two models that were offloaded apart: offload one module that holds both")
+        raise OffloadError(
+            "this graph reads weights of two models that were offloaded apart: offload one module that holds both"
+        )
     if any(isinstance(value, torch.nn.Parameter) for value in tensors):
         raise OffloadError("the model is not offloaded: call spcompile.offload(model) before torch.compile runs it")
     return PageStore.empty(next((value.device for value in tensors), torch.device("cpu")))
@@ -154,7 +150,15 @@ def _runnable(module: fx.GraphModule, runtime: Transfers, store: PageStore) -> B
 def _report(plan: Plan) -> None:
     streamed = len(plan.pages) - len(plan.residents)
     logger.info(
-        "%d steps, %d pages: %d resident, %d streamed through k=%d slots (m=%d); %s of %s weights on %s, %s moved per iteration",
-        len(plan.steps), len(plan.pages), len(plan.residents), streamed, plan.k, plan.m,
-        format_bytes(plan.peak_weight_bytes), format_bytes(plan.weights_bytes), plan.device, format_bytes(plan.bytes_moved),
+        "%d steps; %d pages: %d resident, %d streamed (k=%d, m=%d); %s of %s weights on %s, %s moved per iteration",
+        len(plan.steps),
+        len(plan.pages),
+        len(plan.residents),
+        streamed,
+        plan.k,
+        plan.m,
+        format_bytes(plan.peak_weight_bytes),
+        format_bytes(plan.weights_bytes),
+        plan.device,
+        format_bytes(plan.bytes_moved),
     )

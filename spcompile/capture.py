@@ -1,15 +1,15 @@
 """From Dynamo's graph to the programs that the passes work on.
 
 AOTAutograd turns Dynamo's torch-level graph into ATen graphs: one for inference, or one forward and (at the first
-``.backward()``) one backward. A `Capture` runs it with the right decompositions and makes a `Program` of each graph, which
-needs to know which placeholders are weights. AOTAutograd notes on each placeholder the index of Dynamo's input; that input's
-example is the model's own parameter, and its storage is the weight.
+``.backward()``) one backward. A `Capture` runs it with the right decompositions and makes a `Program` of each graph,
+which needs to know which placeholders are weights. AOTAutograd notes on each placeholder the index of Dynamo's input;
+that input's example is the model's own parameter, and its storage is the weight.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from spcompile.runtime.store import PageStore
 MARGIN_FRACTION = 0.05
 """Part of the device's free memory that a plan without k leaves alone: fragmentation, workspaces of libraries."""
 
-GraphCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+GraphCompiler = Callable[[fx.GraphModule, bool], Callable[..., Any]]
+"""Takes an ATen graph, and whether the end of its iteration may prefetch for the next one (inference may)."""
 
 
 class Capture:
@@ -40,6 +41,7 @@ class Capture:
         example_inputs: its inputs as they are at capture; parameters are the model's own.
         options: what the user asked for.
         weight_of: the weight that an example input looks at, given its path; None where it is no weight.
+        model_order: place of each weight, by name, in the order of the model's parameters.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Capture:
         example_inputs: Sequence[Any],
         options: Options,
         weight_of: Callable[[Tensor, str], Weight | None],
+        model_order: Mapping[str, int],
     ) -> None:
         self.gm = gm
         self.example_inputs = example_inputs
         self.options = options
+        self.model_order = model_order
         self.weights: dict[int, WeightInput] = {}
         for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             example, path = example_inputs[index], module_path(node)
@@ -59,14 +63,14 @@ class Capture:
             if weight is not None:
                 self.weights[index] = WeightInput(weight, path)
 
-    def trace(self, *, inference: GraphCompiler, training: GraphCompiler) -> Callable[..., Any]:
-        """Run AOTAutograd, which calls these with ATen graphs and their inputs."""
+    def trace(self, compile_graph: GraphCompiler) -> Callable[..., Any]:
+        """Run AOTAutograd, which hands over each ATen graph as soon as it has it."""
         from torch._inductor.decomposition import select_decomp_table  # slow to import; only needed once compiling
 
         aot = aot_autograd(
-            fw_compiler=training,
-            bw_compiler=training,
-            inference_compiler=inference,
+            fw_compiler=lambda module, _inputs: compile_graph(module, False),
+            bw_compiler=lambda module, _inputs: compile_graph(module, False),
+            inference_compiler=lambda module, _inputs: compile_graph(module, True),
             partition_fn=partition(self.options.compiler, self.is_weight),
             decompositions={} if self.options.compiler == "eager" else select_decomp_table(),
             keep_inference_input_mutations=True,
@@ -85,16 +89,14 @@ class Capture:
         index = input_index(placeholder)
         return self.example_inputs[index] if index is not None and index in self.weights else None
 
-    def program(
-        self, module: fx.GraphModule, *, device: torch.device, wraps: bool, store: PageStore | None
-    ) -> Program:
+    def program(self, module: fx.GraphModule, *, device: torch.device, wraps: bool, store: PageStore | None) -> Program:
         """What the passes need to know of one ATen graph. ``store`` is None for a model that is not offloaded."""
         weights = {}
         for node in module.graph.find_nodes(op="placeholder"):
             index = input_index(node)
             if index is not None and index in self.weights:
                 weights[node.name] = self.weights[index]
-        program = Program(module, weights, self.options, str(device), wraps)
+        program = Program(module, weights, self.options, str(device), wraps, self.model_order)
         free_bytes = free_device_bytes(device)
         if store is not None:
             program.known_pages = tuple(store.pages)
@@ -120,21 +122,10 @@ def module_path(placeholder: fx.Node) -> str:
     return re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
 
 
-def storage_weights() -> Callable[[Tensor, str], Weight | None]:
-    """Weights of a model that is not offloaded: the storages of its parameters, named after the first path."""
-    seen: dict[int, Weight] = {}
-
-    def weight_of(example: Tensor, path: str) -> Weight | None:
-        storage = example.untyped_storage()
-        known = seen.get(storage._cdata)
-        if known is None and isinstance(example, torch.nn.Parameter):
-            known = seen[storage._cdata] = Weight(readable_path(path) or f"weight.{len(seen)}", storage.nbytes())
-        return known
-
-    return weight_of
-
-
-def readable_path(path: str) -> str:
-    """A path of the module tree without Dynamo's ``L['self'].``."""
-    return re.sub(r"^L\['(?:self'\]\.)?", "", path).replace("']", "")
-
+def storage_weights(model: torch.nn.Module) -> dict[int, Weight]:
+    """Weights of a model that is not offloaded, by identity of their storage, in the order of its parameters."""
+    weights: dict[int, Weight] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        storage = parameter.untyped_storage()
+        weights.setdefault(storage._cdata, Weight(name, storage.nbytes()))
+    return weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -97,7 +98,7 @@ def is_cast(node: fx.Node) -> bool:
 
 
 def is_deterministic_source(node: fx.Node) -> bool:
-    """Whether the node makes the same tensor out of nothing each time (``full``, ``iota``): cheap to repeat anywhere."""
+    """Whether the node makes the same tensor out of nothing each time (``full``): cheap to repeat anywhere."""
     schema = _schema(node)
     if schema is None or node.op != "call_function" or any(True for _ in node.all_input_nodes):
         return False
@@ -115,10 +116,9 @@ def memory_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
 
 def nbytes_of(tensor: torch.Tensor) -> int:
     """Bytes of a fake tensor's elements; symbolic sizes count with their hints."""
-    numel = tensor.numel()
+    numel: Any = tensor.numel()
     if isinstance(numel, torch.SymInt):
-        hint = numel.node.hint
-        numel = hint if hint is not None else 0
+        numel = numel.node.hint or 0
     return int(numel) * tensor.element_size()
 
 
@@ -143,31 +143,3 @@ def activation_bound_bytes(graph: fx.Graph) -> int:
         peak = max(peak, live)
         live -= sum(sizes.get(root, 0) for root in freed_after.get(node, ()))
     return peak
-
-
-def format_graph(graph: fx.Graph) -> list[str]:
-    """One line per node, in order: ``mm = aten.mm.default(view, t)  # f32[8, 16]``. Stable, for tests and messages."""
-    return [_format_node(node) for node in graph.nodes]
-
-
-def _format_node(node: fx.Node) -> str:
-    note = ", ".join(_format_value(value) for value in tensors_of(node))
-    comment = f"  # {note}" if note else ""
-    if node.op == "placeholder":
-        return f"{node.name}: input{comment}"
-    if node.op == "get_attr":
-        return f"{node.name} = self.{node.target}"
-    if node.op == "output":
-        return f"return {node.args[0]}"
-    args = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
-    target = f"self.{node.target}" if node.op == "call_module" else _format_target(node.target)
-    return f"{node.name} = {target}({', '.join(args)}){comment}"
-
-
-def _format_target(target: object) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
-
-
-def _format_value(tensor: torch.Tensor) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{kind}[{', '.join(map(str, tensor.shape))}]"

@@ -5,8 +5,8 @@ plan meets in this file, so it holds no torch and no policy. All dataclasses are
 sequences as tuples in the order of steps, never of sets or ids.
 
 Time is counted in steps. Step ``s`` runs segment ``steps[s]``; one iteration runs all of them in order. Positive and
-negative numbers meet at the wrap-around: with ``n`` steps, position ``-j`` of this iteration is position ``n - j`` of the
-one before it, and position 0 is both "before the first step" and "after the last step of the iteration before".
+negative numbers meet at the wrap-around: with ``n`` steps, position ``-j`` of this iteration is position ``n - j`` of
+the one before it, and position 0 is both "before the first step" and "after the last step of the iteration before".
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 from spcompile.errors import PlanFormatError
 
 ALIGNMENT_BYTES = 256
-"""Every weight starts at a multiple of this in its page, and every slot in the arena: kernels that Inductor compiled for
-an aligned example input would otherwise clone the weight first (design.md, decision 2)."""
+"""Every weight starts at a multiple of this in its page, and every slot in the arena: kernels that Inductor compiled
+for an aligned example input would otherwise clone the weight first (design.md, decision 2)."""
 
 FORMAT_VERSION = 1
 """Written into every JSON text; ``Plan.from_json`` refuses any other."""
@@ -107,9 +107,9 @@ class Interval:
     """One stay of a page on the device: half-open ``[start_step, end_step)``.
 
     The copy is issued just before step ``start_step`` (after the evictions that follow step ``start_step - 1``) and the
-    slot is given back just after step ``end_step - 1``, its last use. ``start_step <= 0`` in a plan that wraps means: issued
-    in the iteration before, just before its step ``n + start_step`` (0: after its last step). A plan that does not
-    wrap has no negative start.
+    slot is given back just after step ``end_step - 1``, its last use. ``start_step <= 0`` in a plan that wraps means:
+    issued in the iteration before, just before its step ``n + start_step`` (0: after its last step). A plan that does
+    not wrap has no negative start.
 
     ``slots[phase]`` is the index of the slot in iterations of that phase (``Plan.period`` phases, taken in turn).
     """
@@ -133,8 +133,9 @@ class ActionKind(enum.Enum):
 class Action:
     """One line of the schedule. ``interval`` indexes ``Plan.intervals`` (None for `RUN`).
 
-    ``step`` is the step before which a prefetch or load happens, that runs, or after which an eviction happens; the number
-    of steps for what follows the last one. ``ahead`` is 1 for a prefetch on behalf of the next iteration, else 0.
+    ``step`` is the step before which a prefetch or load happens, that runs, or after which an eviction happens; the
+    number of steps for what follows the last one. ``ahead`` is 1 for a prefetch on behalf of the next iteration, else
+    0.
     """
 
     kind: ActionKind
@@ -269,7 +270,9 @@ class Plan:
                 steps=tuple(Step(**{**step, "reads": tuple(step["reads"])}) for step in fields.pop("steps")),
                 slots=tuple(Slot(**slot) for slot in fields.pop("slots")),
                 period=fields.pop("period"),
-                intervals=tuple(Interval(**{**each, "slots": tuple(each["slots"])}) for each in fields.pop("intervals")),
+                intervals=tuple(
+                    Interval(**{**each, "slots": tuple(each["slots"])}) for each in fields.pop("intervals")
+                ),
                 **fields,
             )
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:

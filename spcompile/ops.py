@@ -5,14 +5,14 @@ code of the graph reads as what happens, line by line:
 
     runtime = self.runtime
     begin = begin(runtime, [w0, w1])
-    prefetch = prefetch(runtime, 0, page='layers.0')      # start the copy on the side stream
-    load = load(runtime, 0, page='layers.0')              # compute waits for it; the weights as a tuple
+    prefetch = prefetch(runtime, 0, 'layers.0')           # start the copy on the side stream
+    load = load(runtime, 0, 'layers.0')                   # compute waits for it; the weights as a tuple
     pack = pack(x, load)
     layers_0 = self.layers_0(pack)
-    evict = evict(runtime, 0, page='layers.0')            # the slot is free once compute gets here
+    evict = evict(runtime, 0, 'layers.0')                 # the slot is free once compute gets here
 
-They have side effects, so dead code elimination must not touch them, and none of them may enter a segment: Inductor
-reorders side effects (design.md, decision 3).
+The page's name is there for the reader of the graph. The nodes have side effects, so dead code elimination must not
+touch them, and none of them may enter a segment: Inductor reorders side effects (design.md, decision 3).
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def begin(runtime: Runtime, weights: Sequence[Tensor]) -> None:
     runtime.begin(weights)
 
 
-def prefetch(runtime: Runtime, interval: int, page: str, ahead: int = 0) -> None:
-    """Start the copy of ``page`` into its slot, for this iteration or (``ahead=1``) for the next one. A hint."""
+def prefetch(runtime: Runtime, interval: int, _page: str, ahead: int = 0) -> None:
+    """Start the copy of the page into its slot, for this iteration or (``ahead=1``) for the next one. A hint."""
     runtime.prefetch(interval, ahead)
 
 
-def load(runtime: Runtime, interval: int, page: str) -> tuple[Tensor, ...]:
+def load(runtime: Runtime, interval: int, _page: str) -> tuple[Tensor, ...]:
     """Make compute wait for the copy (starting it now where no prefetch did), and return the page's weights."""
     return runtime.load(interval)
 
 
-def evict(runtime: Runtime, interval: int, page: str) -> None:
+def evict(runtime: Runtime, interval: int, _page: str) -> None:
     """Give the slot back: whoever takes it next waits until compute has got here."""
     runtime.evict(interval)
 

@@ -1,7 +1,7 @@
 """The compiler, as one tuple of passes.
 
-Each pass rewrites the `Program` in place. With ``verify`` on, the graph is checked behind every pass and the plan when it
-appears; what is found is shown as the printed graph or plan with a mark under the guilty line.
+Each pass rewrites the `Program` in place. With ``verify`` on, the graph is checked behind every pass and the plan
+when it appears; what is found is shown as the printed graph or plan with a mark under the guilty line.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from spcompile.capture import Capture, storage_weights
 from spcompile.errors import OptionError
 from spcompile.ir import Plan
 from spcompile.options import Options, parse_options
-from spcompile.pipeline import PASSES, run_passes
 from spcompile.passes.make_schedule import make_schedule
+from spcompile.pipeline import PASSES, run_passes
 from spcompile.runtime.host import compute_device
 from spcompile.runtime.store import PageStore, find_store
 
@@ -64,7 +64,9 @@ def plan(
     planner = _Planner(inner, options)
     plans = planner.capture(tuple(args), dict(kwargs or {}))
     if not plans:
-        raise OptionError("nothing of the model was captured: Dynamo broke the graph everywhere (see TORCH_LOGS=graph_breaks)")
+        raise OptionError(
+            "nothing of the model was captured: Dynamo broke the graph everywhere (see TORCH_LOGS=graph_breaks)"
+        )
     if len(plans) > 1:
         logger.warning("the model has %d graphs; this is the plan of the one with most weights", len(plans))
     return max(plans, key=lambda each: each.weights_bytes)
@@ -75,7 +77,8 @@ def _plan_in_force(model: torch.nn.Module) -> Plan:
     runtimes = store.runtimes() if store is not None else []
     if not runtimes:
         raise OptionError("no plan is in force: run the compiled model once, or give example inputs as args and kwargs")
-    return runtimes[-1].plan
+    plan_in_force: Plan = runtimes[-1].plan
+    return plan_in_force
 
 
 class _Planner:
@@ -104,10 +107,16 @@ class _Planner:
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         store = find_store(value for value in example_inputs if isinstance(value, Tensor))
-        weight_of = storage_weights() if store is None else store.weight_of
-        capture = Capture(gm, example_inputs, self.options, weight_of)
+        if store is None:
+            weights = storage_weights(self.model)
+            order = {weight.name: index for index, weight in enumerate(weights.values())}
+            capture = Capture(
+                gm, example_inputs, self.options, lambda tensor, _: weights.get(tensor.untyped_storage()._cdata), order
+            )
+        else:
+            capture = Capture(gm, example_inputs, self.options, store.weight_of, store.model_order())
 
-        def compile_graph(module: fx.GraphModule, inputs: Sequence[Any], wraps: bool) -> Callable[..., Any]:
+        def compile_graph(module: fx.GraphModule, wraps: bool) -> Callable[..., Any]:
             program = capture.program(module, device=self._device(store), wraps=wraps, store=store)
             run_passes(program, PASSES[: 1 + [each.run for each in PASSES].index(make_schedule)])
             self.plans.append(program.planned())
@@ -115,10 +124,7 @@ class _Planner:
                 raise _Stop
             return _not_run
 
-        capture.trace(
-            inference=lambda module, inputs: compile_graph(module, inputs, wraps=True),
-            training=lambda module, inputs: compile_graph(module, inputs, wraps=False),
-        )
+        capture.trace(compile_graph)
         return gm.forward
 
     def _device(self, store: PageStore | None) -> torch.device:
@@ -127,5 +133,5 @@ class _Planner:
         return compute_device(self.options.device)
 
 
-def _not_run(*args: Any) -> Any:
+def _not_run(_args: list[Any]) -> Any:
     raise AssertionError("a planned graph is never run")

@@ -1,12 +1,13 @@
 """Compile each distinct segment once.
 
-Identical layers have identical sub-modules (``split_segments`` gives them canonical names), so a model of 32 layers has three
+Identical layers have identical sub-modules (``split_segments`` gives them canonical names), so a model of 32 layers
+has three
 or four distinct ones; its first call costs what those cost (design.md, decision 4). The key of a segment is its text:
 operators, arguments, constants, and shape, stride, dtype and device of every input.
 
 Segments are compiled by `torch._inductor.standalone_compile` (it keeps the strides that tracing recorded for the
-outputs, which the next segment was compiled for; takes symbolic shapes; and runs the passes that lower dropout), or run as
-they are.
+outputs, which the next segment was compiled for; takes symbolic shapes; and runs the passes that lower dropout), or
+run as they are.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _boxed_interpreter(segment: fx.GraphModule) -> BoxedCallable:
 def _compile_with_inductor(segment: fx.GraphModule) -> BoxedCallable:
     segment.graph.set_codegen(fx.graph.CodeGen())  # Inductor calls it with plain arguments
     segment.recompile()
-    inputs = [value_of(node) for node in segment.graph.find_nodes(op="placeholder")]
+    inputs: list[Any] = [value_of(node) for node in segment.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         artifact = torch._inductor.standalone_compile(segment, inputs, dynamic_shapes="from_tracing_context")
 

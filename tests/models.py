@@ -1,8 +1,9 @@
 """Random models, and small models with one trap each, for the tests of the backend.
 
-`modules` draws a module together with example inputs. What is drawn covers the traps of docs/design.md: shared blocks, tied
-weights, weights used twice and outside their module, branches that join, skip connections, buffers, buffers that
-are updated in place, several dtypes, odd sizes, non-contiguous and empty weights, views of one flat storage.
+`modules` draws a module together with example inputs. What is drawn covers the traps of docs/design.md: shared
+blocks, tied weights, weights used twice and outside their module, branches that join, skip connections, buffers,
+buffers that are updated in place, several dtypes, odd sizes, non-contiguous and empty weights, views of one flat
+storage.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Linear(nn.Module):
         self.fc = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.fc(x))
+        y: Tensor = torch.tanh(self.fc(x))
+        return y
 
 
 class Residual(nn.Module):
@@ -49,7 +51,9 @@ class Residual(nn.Module):
         self.down = nn.Linear(2 * width + 1, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        hidden = torch.relu(self.up(x))
+        y: Tensor = x + self.down(hidden)
+        return y
 
 
 class Norm(nn.Module):
@@ -152,7 +156,8 @@ class Empty(nn.Module):
         self.fc = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.cat([x, self.none]))[: x.shape[0]]
+        y: Tensor = self.fc(torch.cat([x, self.none]))
+        return y[: x.shape[0]]
 
 
 class Branch(nn.Module):
@@ -182,7 +187,8 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[0], dtype=x.dtype, device=x.device).unsqueeze(1)
-        return self.fc(x) * self.scale + positions / 7
+        y: Tensor = self.fc(x) * self.scale + positions / 7
+        return y
 
 
 KINDS: dict[str, type[nn.Module]] = {
@@ -260,9 +266,7 @@ def specs(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = (torch.float32, 
     """A strategy for models of one to six blocks, run in order, with repeats or out of order."""
     kinds = draw(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=5))
     natural = tuple(range(len(kinds)))
-    order = draw(
-        st.just(natural) | st.lists(st.sampled_from(natural), min_size=1, max_size=7).map(tuple)
-    )
+    order = draw(st.just(natural) | st.lists(st.sampled_from(natural), min_size=1, max_size=7).map(tuple))
     return Spec(
         kinds=tuple(kinds),
         order=order,

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # From here on torch may be imported.
     ("ops",),
     ("graph",),
+    ("graph_text",),
     ("passes.base", "verify.graphs", "partition"),
     ("passes.*",),
     ("segments", "runtime.*"),
@@ -43,7 +44,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "verify": (),
     "verify.violations": ("errors", "ir", "text"),
     "verify.plans": ("errors", "ir", "text", "verify.violations"),
-    "verify.graphs": ("errors", "ir", "text", "ops", "verify.violations", "verify.plans"),
+    "verify.graphs": ("errors", "ir", "text", "ops", "graph_text", "verify.violations", "verify.plans"),
     "planner.*": ("errors", "options", "ir", "text", "planner.*"),
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),

@@ -77,7 +77,8 @@ def _node(layer: fx.GraphModule, target: object) -> fx.Node:
 
 
 def _input(layer: fx.GraphModule, index: int) -> fx.Node:
-    return list(layer.graph.find_nodes(op="placeholder"))[index]
+    nodes: list[fx.Node] = list(layer.graph.find_nodes(op="placeholder"))
+    return nodes[index]
 
 
 def _set_constant(layer: fx.GraphModule, value: object) -> None:

@@ -1,13 +1,14 @@
 """One device block, reserved up front, and the account of what each place in it holds.
 
-All graphs of a model share the arena, each with slots of its own choosing, so the account is kept by byte range and not by
-slot: a `Tenant` is a page (and version) in a range, and whoever wants a range turns out every tenant that it touches.
-This is what makes a prefetch a hint (design.md, decision 6): `Arena.find` tells whether the wanted page is in place or
-on its way, whatever happened in between - another graph, an exception, a recompile.
+All graphs of a model share the arena, each with slots of its own choosing, so the account is kept by byte range and
+not by slot: a `Tenant` is a page (and version) in a range, and whoever wants a range turns out every tenant that it
+touches. This is what makes a prefetch a hint (design.md, decision 6): `Arena.find` tells whether the wanted page is
+in place or on its way, whatever happened in between - another graph, an exception, a recompile.
 """
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Arena:
         # Views of the slots, by runtime. Kept here and not there: a runtime belongs to compiled code, which may outlive
         # the model, and must not keep the block.
         self.views: WeakKeyDictionary[Any, dict[Hashable, tuple[Tensor, ...]]] = WeakKeyDictionary()
-        weakref.finalize(self, streams.synchronize).atexit = False  # a copy may be on its way into the block that dies
+        weakref.finalize(self, _finish, streams, os.getpid()).atexit = False
 
     def reserve(self, nbytes: int) -> None:
         """Make the block at least this large. Growing moves it: what it held is forgotten.
@@ -92,7 +93,7 @@ class Arena:
         return None
 
     def claim(self, offset_bytes: int, nbytes: int) -> list[Any]:
-        """Turn out every tenant of the range; returns the events of their last readers, which the copy must wait for."""
+        """Turn out every tenant of the range; returns the events of their last readers, for the copy to wait for."""
         leaving = [tenant for tenant in self.tenants if tenant.overlaps(offset_bytes, nbytes)]
         self.tenants = [tenant for tenant in self.tenants if not tenant.overlaps(offset_bytes, nbytes)]
         for tenant in leaving:
@@ -111,3 +112,9 @@ class Arena:
         event = self.streams.compute_record()
         for tenant in held:
             tenant.held, tenant.released = False, event
+
+
+def _finish(streams: Streams, process: int) -> None:
+    """Before the block dies: a copy may be on its way into it. (A forked child has the arena, but not CUDA.)"""
+    if process == os.getpid():
+        streams.synchronize()

@@ -1,8 +1,8 @@
 """Run an outer graph on the emulated device: queue everything first, then let the seeded scheduler execute it.
 
 A GPU's host runs ahead: when it issues a copy, the compute that it enqueued before has mostly not happened yet. So the
-whole iteration is queued node by node - transfers speak to the runtime at once, as they do on a GPU; everything else becomes
-a piece of compute - and only then drained. See ``streams.py``.
+whole iteration is queued node by node - transfers speak to the runtime at once, as they do on a GPU; everything else
+becomes a piece of compute - and only then drained. See ``streams.py``.
 """
 
 from __future__ import annotations

@@ -191,6 +191,10 @@ class PageStore:
             return None
         return Weight(tag.name, self.weights[tag.name].nbytes)
 
+    def model_order(self) -> dict[str, int]:
+        """Place of each weight in the order of the model's parameters, which is their order in host memory."""
+        return {name: index for index, name in enumerate(self.weights)}
+
     @staticmethod
     def _views(tensor: Tensor, weight: StoredWeight) -> bool:
         # By storage, not by address: those of empty tensors are all null.

@@ -6,9 +6,9 @@
 
     1. *Compute waits for the copy.* A load makes the compute stream wait for the event recorded behind the copy.
        Without it a segment reads a slot that is half written.
-    2. *The copy waits for the last reader.* An evict records an event on the compute stream; the next copy into that slot
-       makes the side stream wait for it. Without it the copy overwrites weights that a segment still reads: the host
-       runs far ahead of the GPU, so program order protects nothing.
+    2. *The copy waits for the last reader.* An evict records an event on the compute stream; the next copy into that
+       slot makes the side stream wait for it. Without it the copy overwrites weights that a segment still reads: the
+       host runs far ahead of the GPU, so program order protects nothing.
 
     Copies are issued on one side stream, so they do not overtake each other. The compute stream is whatever stream is
     current at the moment of each call, never one remembered from before. ``record_stream`` is not used: slots are never
@@ -16,9 +16,9 @@
 
 The **emulated device** has the CPU stand in for the GPU. Work is queued, not done: compute in one queue, copies in
 the other, exactly like a GPU whose host runs ahead by a whole iteration. `EmulatedStreams.drain` then executes the
-queues. Each copy runs at the earliest or at the latest moment that its waits allow, which a seeded generator decides; freed
-slots are filled with 0xFF at the moment compute frees them. So a wait that is missing in either direction reads poison
-or the wrong page under some seed. It cannot show hardware races or timing.
+queues. Each copy runs at the earliest or at the latest moment that its waits allow, which a seeded generator decides;
+freed slots are filled with 0xFF at the moment compute frees them. So a wait that is missing in either direction reads
+poison or the wrong page under some seed. It cannot show hardware races or timing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,6 @@ from torch import Tensor
 
 POISON = 0xFF
 """Fills freed slots of the emulated device: NaN in every floating-point format that has one, -1 in the integers."""
-
-
-class Event(Protocol):
-    """Something that a stream can wait for."""
 
 
 class Streams(Protocol):
@@ -62,7 +58,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.side = torch.cuda.Stream(device)
+        self.side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def side_wait(self, event: torch.cuda.Event) -> None:
         self.side.wait_event(event)
@@ -71,13 +67,13 @@ class CudaStreams:
         with torch.cuda.stream(self.side):
             target.copy_(source, non_blocking=True)
 
-    def side_record(self) -> torch.cuda.Event:
+    def side_record(self) -> Any:
         return self.side.record_event()
 
     def compute_wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def compute_record(self) -> torch.cuda.Event:
+    def compute_record(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
 
     def freed(self, memory: Tensor) -> None:
@@ -157,7 +153,8 @@ class EmulatedStreams:
     def _step(self) -> None:
         head = self.compute[0]
         if not isinstance(head, EmulatedEvent):
-            self.compute.popleft()()
+            self.compute.popleft()
+            head()
             return
         while not head.done:
             self._advance_side()

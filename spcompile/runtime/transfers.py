@@ -6,8 +6,9 @@ long as the model's tensors do; this side only holds it weakly, so compiled code
 
 An iteration:
 
-* ``begin`` frees what a broken iteration left behind, picks the phase whose slots fit what is already there, and looks whether
-  an argument is still the weight it was (a parameter that was given other memory is used as it is, without a slot).
+* ``begin`` frees what a broken iteration left behind, picks the phase whose slots fit what is already there, and
+  looks whether an argument is still the weight it was (a parameter that was given other memory is used as it is,
+  without a slot).
 * ``prefetch`` and ``load`` differ in one thing: a load waits. Both start the copy only if the slot does not hold, or
   is not receiving, the wanted page in its current version.
 * ``evict`` marks the slot as free from here on.

@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from spcompile import ops
-from spcompile.graph import format_graph
+from spcompile.graph_text import format_graph
 from spcompile.ir import Plan, Slot
 from spcompile.verify.violations import Violation, raise_if_any
 

@@ -1,7 +1,8 @@
-"""The backend on a real GPU: exactness, memory, and the two waits of [Note: who waits for whom] under slow links and slow compute.
+"""The backend on a real GPU: exactness, memory, and the two waits of [Note: who waits for whom] under slow links and
+slow compute.
 
-The link and compute are slowed by kernels that spin on the stream in question, so races show that a fast machine hides; taking one wait away
-must then give wrong results, or the test could not fail.
+The link and compute are slowed by kernels that spin on the stream in question, so races show that a fast machine
+hides; taking one wait away must then give wrong results, or the test could not fail.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        hidden = torch.nn.functional.gelu(self.up(self.norm(x)))
+        y: Tensor = x + self.down(hidden)
+        return y
 
 
 class Stack(nn.Module):
@@ -152,7 +155,7 @@ def test_another_stream_of_the_caller() -> None:
         expected = plain(tokens)
         torch.cuda.synchronize()
         for _ in range(3):
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 actual = fast(tokens)
             torch.cuda.synchronize()
             assert torch.equal(actual, expected)
@@ -187,13 +190,13 @@ class Slow:
         def side_copy(streams: CudaStreams, target: Tensor, source: Tensor) -> None:
             if link:
                 with torch.cuda.stream(streams.side):
-                    torch.cuda._sleep(SPIN_CYCLES)
+                    torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
             copy_now(streams, target, source)
 
         def load(runtime: Transfers, interval: int) -> tuple[Tensor, ...]:
             weights = load_now(runtime, interval)
             if compute:
-                torch.cuda._sleep(SPIN_CYCLES)
+                torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
             return weights
 
         monkeypatch.setattr(CudaStreams, "side_copy", side_copy)
@@ -215,7 +218,7 @@ def test_slow_link_and_slow_compute(monkeypatch: pytest.MonkeyPatch, link: bool,
 def test_without_waiting_for_the_copy_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain, tokens = make()
     Slow(monkeypatch, link=True, compute=False)
-    monkeypatch.setattr(CudaStreams, "compute_wait", lambda streams, event: None)
+    monkeypatch.setattr(CudaStreams, "compute_wait", lambda *_: None)
     with torch.no_grad():
         assert not torch.equal(compiled(model, k=2, m=1)(tokens), plain(tokens))
 
@@ -223,7 +226,7 @@ def test_without_waiting_for_the_copy_results_are_wrong(monkeypatch: pytest.Monk
 def test_without_waiting_for_the_last_reader_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain, tokens = make()
     Slow(monkeypatch, link=False, compute=True)
-    monkeypatch.setattr(CudaStreams, "side_wait", lambda streams, event: None)
+    monkeypatch.setattr(CudaStreams, "side_wait", lambda *_: None)
     with torch.no_grad():
         assert not torch.equal(compiled(model, k=2, m=1)(tokens), plain(tokens))
 

@@ -1,6 +1,6 @@
 """Graphs as text, for tests that no torch upgrade can move: nothing here is traced.
 
-A case file holds named cases in the notation of `spcompile.graph.format_graph`, with what a test has to add:
+A case file holds named cases in the notation of `spcompile.graph_text.format_graph`, with what a test has to add:
 
     [case a view that another layer reads]
     x: input  # float32[2, 8]
@@ -35,7 +35,8 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from spcompile.graph import SCALARS, format_graph, value_of
+from spcompile.graph import SCALARS, value_of
+from spcompile.graph_text import format_graph
 from spcompile.ir import Interval, Plan, Slot, Weight
 from spcompile.options import Options
 from spcompile.passes.base import IN_PLACE, LAYER, SEGMENT, Program, WeightInput
@@ -102,7 +103,8 @@ class _Builder:
                 self._line(line.strip())
         self.graph.lint()
         module = fx.GraphModule(torch.nn.Module(), self.graph)
-        return Program(module, self.weights, self.options, str(DEVICE), wraps=True)
+        order = {name: index for index, name in enumerate(self.storages)}
+        return Program(module, self.weights, self.options, str(DEVICE), wraps=True, model_order=order)
 
     def _line(self, line: str) -> None:
         code, _, comment = (part.strip() for part in line.partition("  #"))

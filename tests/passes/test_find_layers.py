@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from spcompile.capture import Capture, storage_weights
+from spcompile.capture import Capture
+from spcompile.ir import Weight
 from spcompile.options import Options
 from spcompile.passes.base import LAYER, Program
 from spcompile.passes.find_layers import find_layer_paths, find_layers
@@ -237,18 +238,23 @@ def test_no_layer_inside_another(name: str) -> None:
     assert not [(one, other) for one in layers for other in layers if one.startswith(f"{other}.")]
 
 
+def weight_of(example: Tensor, path: str) -> Weight | None:
+    """Every parameter is a weight of its own."""
+    return Weight(path, example.untyped_storage().nbytes()) if isinstance(example, nn.Parameter) else None
+
+
 def traced(function: Callable[..., Any], *args: Any) -> Program:
     """The program of one inference graph, as the passes get it."""
     programs: list[Program] = []
 
     def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        capture = Capture(module, examples, Options(compiler="eager"), storage_weights())
+        capture = Capture(module, examples, Options(compiler="eager"), weight_of, {})
 
-        def keep(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-            programs.append(capture.program(graph, device=torch.device("cpu"), wraps=True, store=None))
+        def keep(graph: fx.GraphModule, wraps: bool) -> Callable[..., Any]:
+            programs.append(capture.program(graph, device=torch.device("cpu"), wraps=wraps, store=None))
             return graph.forward
 
-        return capture.trace(inference=keep, training=keep)
+        return capture.trace(keep)
 
     torch._dynamo.reset()
     with torch.no_grad():

@@ -19,7 +19,7 @@ from torch import fx
 
 from spcompile import ops
 from spcompile.errors import VerificationError
-from spcompile.graph import format_graph
+from spcompile.graph_text import format_graph
 from spcompile.ir import Plan
 from spcompile.passes import base
 from spcompile.passes.insert_transfers import RUNTIME
@@ -175,6 +175,8 @@ def test_a_node_twice(name: str) -> None:
             with each.module.graph.inserting_after(node):
                 each.module.graph.node_copy(node)
             assert each.verify(), f"{node.name} twice"
+            told = [violation.message.partition(":")[0] for violation in each.verify()]
+            assert op is not ops.begin or "the iteration has begun already" in told
 
 
 def must_keep_order(first: fx.Node, second: fx.Node, plan: Plan) -> bool:
