@@ -49,6 +49,10 @@ are no layers. Items of a list always may be."""
 DOMINANT = 0.5
 """A part that holds more than this of all weight bytes, while there are others to be had, is cut by width."""
 
+SPLITTING = 0.8
+"""A stretch outside the layers is not cut when one piece would still hold more than this of it: an embedding table with
+small weights around it stays one page."""
+
 Signature = frozenset[tuple[str, int]]
 
 
@@ -186,7 +190,10 @@ def _cut_outside(program: Program, views: dict[fx.Node, None]) -> None:
     stretches = [list(group) for label, group in by_label if label is None]
     for index, stretch in enumerate(stretches):
         pieces = _cut_by_width(stretch, reads, total_bytes, fewest_readers=2)
-        for number, piece in enumerate(pieces if len(pieces) > 1 else ()):
+        largest = max(sum(reads[node] for node in piece) for piece in pieces)
+        if len(pieces) == 1 or largest > SPLITTING * sum(reads[node] for node in stretch):
+            continue
+        for number, piece in enumerate(pieces):
             for node in piece:
                 node.meta[LAYER] = f"outside.{index}.{number}"
 

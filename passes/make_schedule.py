@@ -21,6 +21,7 @@ The odd case: weights that the graph writes stay out of pages, and are used in p
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,12 +41,13 @@ LEFTOVER_FRACTION = 64
 
 @dataclass
 class _Run:
-    """A segment in the making. ``label`` is the layer's, or a name of its own outside the layers."""
+    """A segment in the making. ``label`` is the layer's, or a name of its own outside the layers; ``reads`` has the
+    weights in order of first read, each with the path at which the segment finds it."""
 
     label: str
     layer: str | None
     nodes: list[fx.Node]
-    reads: dict[Weight, None]
+    reads: dict[Weight, str]
 
 
 def make_schedule(program: Program) -> None:
@@ -104,7 +106,9 @@ def _runs(program: Program) -> list[_Run]:
         if not runs or runs[-1].layer != layer:
             runs.append(_Run(layer or "", layer, [], {}))
         runs[-1].nodes.append(node)
-        runs[-1].reads.update((weights[source].weight, None) for source in node.all_input_nodes if source in weights)
+        for source in node.all_input_nodes:
+            if source in weights:
+                runs[-1].reads.setdefault(weights[source].weight, weights[source].path or weights[source].weight.name)
     return _name_outside(_join_weightless(runs))
 
 
@@ -114,7 +118,7 @@ def _join_weightless(runs: list[_Run]) -> list[_Run]:
         previous = joined[-1] if joined else None
         if previous is not None and (previous.layer == run.layer or (run.layer is None and not run.reads)):
             previous.nodes.extend(run.nodes)
-            previous.reads.update(run.reads)
+            previous.reads = run.reads | previous.reads
         else:
             joined.append(run)
     return joined
@@ -128,16 +132,16 @@ def _name_outside(runs: list[_Run]) -> list[_Run]:
         if run.layer is not None:
             run.layer = run.label
             continue
-        first = next(iter(run.reads), None)
-        name = f"between.{index}" if first is None else readable(first.name).rpartition(".")[0] or readable(first.name)
+        first = readable(next(iter(run.reads.values()), f"between.{index}.?"))
+        name = first.rpartition(".")[0] or first
         run.label = name if name not in taken else f"{name}.{index}"
         taken.add(run.label)
     return runs
 
 
 def readable(path: str) -> str:
-    """A path of the module tree without Dynamo's ``L['self'].``."""
-    return path.removeprefix("L['self'].").removeprefix("L['").replace("']", "")
+    """A path of the module tree without Dynamo's ``L['self'].`` or ``G['...']``."""
+    return re.sub(r"^[LG]\['(?:self'\]\.)?", "", path).replace("']", "")
 
 
 def _pages(program: Program, runs: Sequence[_Run]) -> tuple[tuple[Page, ...], tuple[Weight, ...]]:

@@ -7,6 +7,7 @@ become one frozen `Options`, or one `OptionError` that names the option and list
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ COMPILERS = ("inductor", "aot_eager", "eager")
 
 PLANNED = ("budget", "max_slowdown")
 """Options of the interface that do not exist yet. They are refused by name instead of being called unknown."""
+
+DEVICES = r"cpu|cuda(:\d+)?"
+"""The compute devices there are, as a pattern. ``cpu`` is the emulated one."""
 
 MODES = (None, "default")
 """The values of torch.compile's ``mode=`` that mean nothing but "the usual"."""
@@ -48,6 +52,8 @@ class Options:
             raise OptionError("option 'm' needs option 'k': m pages of a window of k move together")
         if self.m is not None and self.k is not None and self.m > self.k:
             raise OptionError(f"option 'm' must be between 1 and k = {self.k}, not {self.m}")
+        if self.device is not None and not re.fullmatch(DEVICES, str(self.device)):
+            raise OptionError(f"option 'device' must be 'cuda', 'cuda:<index>' or 'cpu', not {self.device!r}")
         if self.compiler not in COMPILERS:
             raise OptionError(f"option 'compiler' must be one of {', '.join(COMPILERS)}, not {self.compiler!r}")
         if not isinstance(self.verify, bool):

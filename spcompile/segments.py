@@ -75,8 +75,8 @@ def segment_key(segment: fx.GraphModule, compiler: str) -> str:
     """Text that is equal exactly for segments that may share one compiled form."""
     lines = [compiler]
     for node in segment.graph.nodes:
-        if node.op == "get_attr":  # bodies of higher-order operators compare by their code
-            lines.append(f"{node.name}: {getattr(segment, str(node.target)).code}")
+        if node.op == "get_attr":  # the body of a higher-order operator
+            lines.append(f"{node.name}: {segment_key(getattr(segment, str(node.target)), compiler)}")
             continue
         lines.append(f"{node.name}: {node.op} {node.target} {node.args} {node.kwargs} {_meta_text(value_of(node))}")
     return "\n".join(lines)

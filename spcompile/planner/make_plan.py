@@ -134,7 +134,16 @@ def _intervals(streamed: Sequence[Sequence[int]], k: int, m: int, wraps: bool) -
 
 
 def _slots(pages: Sequence[Page], intervals: Sequence[Interval]) -> tuple[Slot, ...]:
-    """Equal slots for the largest streamed page, side by side; as many as the intervals name."""
-    nbytes = max((pages[interval.page].slot_bytes for interval in intervals), default=0)
-    count = 1 + max((slot for interval in intervals for slot in interval.slots), default=-1)
-    return tuple(Slot(index * nbytes, nbytes) for index in range(count))
+    """The slots that the intervals name, side by side, each as large as the largest page that it ever holds.
+
+    Where the period is 1, an embedding table that is larger than the layers so makes one slot large and not all.
+    """
+    sizes_bytes: dict[int, int] = {}
+    for interval in intervals:
+        for slot in interval.slots:
+            sizes_bytes[slot] = max(sizes_bytes.get(slot, 0), pages[interval.page].slot_bytes)
+    slots, end_bytes = [], 0
+    for index in range(len(sizes_bytes)):
+        slots.append(Slot(end_bytes, sizes_bytes[index]))
+        end_bytes += sizes_bytes[index]
+    return tuple(slots)

@@ -75,7 +75,8 @@ class Arena:
         self.views.clear()
         self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # give the old block back first
         try:
-            memory = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # the first caller may be in it, a later one not
+                memory = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
             raise OffloadError(
                 f"no room on {self.device} for an arena of {nbytes:,} bytes: choose a smaller k, or free device memory"

@@ -8,7 +8,7 @@ cold in each phase, as after another graph used the arena - against an account o
 * a copy never lands on a page that is in use, nor on one that is still to be used;
 * whatever is loaded was prefetched and is evicted, each once; nothing is left in use at the end, and what the plan
   starts for the next iteration is on its way;
-* no more than k pages hold slots, and all of them lie in the arena;
+* no more than k pages hold slots;
 * nothing that leaves a segment shares memory with a slot, and no segment writes into one.
 
 All violations are returned, each with the line of the guilty node in `format_graph`'s text.
@@ -276,8 +276,6 @@ class _Replay:
     def _prefetch(self, node: fx.Node, iteration: int, interval: int, phase: int) -> None:
         slots = self.plan.intervals[interval].slots
         slot = self.plan.slots[slots[phase % len(slots)]]
-        if slot.offset_bytes + slot.nbytes > self.plan.arena_bytes:
-            self._report(node, "its slot ends behind the arena")
         for owner in list(self.owners):
             if (owner.iteration, owner.interval) == (iteration, interval):
                 if owner.slot != slot or owner.in_use:

@@ -19,17 +19,19 @@ from tests.running import Run, compile_offloaded, expected_events, with_steps
 
 SHAPES = st.integers(1, 6)
 
+GUARDS = st.sampled_from((torch.no_grad, torch.inference_mode))
+
 
 @settings(max_examples=120)
-@given(spec=specs(), k=SHAPES, m=SHAPES, seed=st.integers(0, 2**16))
-def test_inference_is_exact(spec: Spec, k: int, m: int, seed: int) -> None:
+@given(spec=specs(), k=SHAPES, m=SHAPES, seed=st.integers(0, 2**16), guards=st.lists(GUARDS, min_size=3, max_size=3))
+def test_inference_is_exact(spec: Spec, k: int, m: int, seed: int, guards: list[type]) -> None:
     assume(m <= k)
     model = spec.build().eval()
     plain = copy.deepcopy(model)
     run = compile_offloaded(model, k=k, m=m, seed=seed)
     x = spec.inputs()
-    with torch.no_grad():
-        for iteration in range(3):
+    for iteration, guard in enumerate(guards):
+        with guard():
             expected, actual = plain(x), first_call(run, x)
             assert torch.equal(actual, expected), f"iteration {iteration}"
     assert_same_buffers(model, plain)

@@ -84,7 +84,20 @@ layers.0.shared: 0..2 in slots 1
 layers.1: 0..2 in slots 2
 """
 
-PLANS = {"k=2 m=1": (CHAIN, ONE_BY_ONE), "k=3 m=2": (CHAIN, IN_BATCHES), "a shared page": (SHARED, SHARED_PLAN)}
+WITHOUT_WRAP = """[plan k=2 m=1 wraps=no]
+layers.0: 0..1 in slots 0
+layers.1: 0..2 in slots 1
+layers.2: 1..3 in slots 0
+layers.3: 2..4 in slots 1
+layers.4: 3..5 in slots 0
+"""
+
+PLANS = {
+    "k=2 m=1": (CHAIN, ONE_BY_ONE),
+    "k=3 m=2": (CHAIN, IN_BATCHES),
+    "without wrap": (CHAIN, WITHOUT_WRAP),
+    "a shared page": (SHARED, SHARED_PLAN),
+}
 
 
 @dataclass
@@ -324,6 +337,18 @@ def test_a_prefetch_for_the_wrong_iteration(name: str) -> None:
         node = each.all(ops.prefetch)[index]
         node.kwargs = {} if node.kwargs else {"ahead": 1}
         assert each.verify(), f"{node.name} of the wrong iteration"
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_prefetch_that_nobody_awaits(name: str) -> None:
+    """A page that is copied again behind its evict, where the plan has a copy for the next iteration, or has none."""
+    for index in range(len(rewritten(name).all(ops.evict))):
+        each = rewritten(name)
+        evict = each.all(ops.evict)[index]
+        with each.module.graph.inserting_after(evict):
+            each.module.graph.call_function(ops.prefetch, evict.args)
+        messages = [violation.message for violation in each.verify()]
+        assert [message for message in messages if message.endswith(("is never awaited", "is still to be used"))]
 
 
 @pytest.mark.parametrize("name", PLANS)
