@@ -15,8 +15,8 @@ canonical names, so that identical layers give identical sub-modules, wherever t
 are computed in the outer graph and handed in; a symbol that only shows in a shape is handed in too, because Inductor
 needs it bound. A segment takes one list, empties it (see ``ops.pack``), and returns a tuple.
 
-The odd case: a scalar computed from a tensor inside a segment would have to leave it halfway. Tracing expresses sizes
-by the symbols of the inputs, so it is recomputed from those; where it cannot be, the segment is cut there.
+The odd case: a scalar that is computed from a tensor of the open segment. The segment is cut there, and its step makes
+two calls.
 """
 
 from __future__ import annotations

@@ -106,10 +106,10 @@ class Slot:
 class Interval:
     """One stay of a page on the device: half-open ``[start_step, end_step)``.
 
-    The copy is issued just before step ``start_step`` (after the evictions that follow step ``start_step - 1``) and the
-    slot is given back just after step ``end_step - 1``, its last use. ``start_step <= 0`` in a plan that wraps means:
-    issued in the iteration before, just before its step ``n + start_step`` (0: after its last step). A plan that does
-    not wrap has no negative start.
+    The copy is issued just before step ``start_step`` (after the evictions that follow step ``start_step - 1``). The
+    slot is given back just after step ``end_step - 1``: the page's last use, or that of a page that leaves in one
+    batch with it. ``start_step <= 0`` in a plan that wraps means: issued in the iteration before, just before its
+    step ``n + start_step`` (0: after its last step). A plan that does not wrap has no negative start.
 
     ``slots[phase]`` is the index of the slot in iterations of that phase (``Plan.period`` phases, taken in turn).
     """

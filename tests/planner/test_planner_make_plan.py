@@ -119,7 +119,9 @@ def test_plans_by_capacity_are_right(
     assert plan.m == 1
     resident_bytes = sum(pages[page].slot_bytes for page in plan.residents)
     assert capacity_bytes >= 77 + resident_bytes + plan.arena_bytes
-    equal_slots_bytes = len(plan.slots) * max((slot.nbytes for slot in plan.slots), default=0)  # what the choice assumes
+    equal_slots_bytes = len(plan.slots) * max(
+        (slot.nbytes for slot in plan.slots), default=0
+    )  # what the choice assumes
     left_bytes = capacity_bytes - 77 - resident_bytes - equal_slots_bytes
     if plan.intervals and plan.k == len(plan.slots) == 2:  # a step of several pages may leave room of a slot unused
         assert all(pages[interval.page].slot_bytes > left_bytes for interval in plan.intervals)
