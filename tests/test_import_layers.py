@@ -22,12 +22,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("text",),
     ("verify", "verify.violations"),
     ("verify.plans",),
-    ("planner.*",),
+    ("planner.*", "module_tree"),
     # From here on torch may be imported.
     ("ops",),
     ("graph",),
     ("graph_text",),
     ("passes.base", "verify.graphs", "partition"),
+    ("passes.structure",),
     ("passes.*",),
     ("segments", "runtime.*"),
     ("capture",),
@@ -48,7 +49,10 @@ ONLY: dict[str, tuple[str, ...]] = {
     "planner.*": ("errors", "options", "ir", "text", "planner.*"),
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
-    "passes.*": ("errors", "options", "ir", "text", "planner.*", "ops", "graph", "passes.base"),
+    "passes.*": (
+        *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "passes.base"),
+        "passes.structure",  # not a pass: what find_layers does where names say nothing
+    ),
     "runtime.*": ("errors", "ir", "text", "ops", "runtime.*"),
 }
 

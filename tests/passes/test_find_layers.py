@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from spcompile.capture import Capture
 from spcompile.ir import Weight
+from spcompile.module_tree import find_layer_paths
 from spcompile.options import Options
 from spcompile.passes.base import LAYER, Program
-from spcompile.passes.find_layers import find_layer_paths, find_layers
+from spcompile.passes.find_layers import find_layers
 from spcompile.passes.sink_weight_views import sink_weight_views
 from spcompile.verify.graphs import verify_graph
 
