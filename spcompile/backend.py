@@ -131,7 +131,7 @@ def _runnable(module: fx.GraphModule, runtime: Transfers, store: PageStore) -> B
     setattr(module, RUNTIME, runtime)
     module.graph.lint()
 
-    if isinstance(streams, EmulatedStreams):
+    if isinstance(streams, EmulatedStreams) and runtime.plan.intervals:
 
         def run(args: list[Any]) -> Any:
             return run_emulated(module, runtime, streams, args)

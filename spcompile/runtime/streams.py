@@ -90,6 +90,16 @@ class EmulatedEvent:
         self.done = False
 
 
+class _Record:
+    """Work on the compute stream: its event is done once compute gets here."""
+
+    def __init__(self) -> None:
+        self.event = EmulatedEvent()
+
+    def __call__(self) -> None:
+        self.event.done = True
+
+
 class EmulatedStreams:
     """Two queues and the seeded scheduler that drains them.
 
@@ -117,9 +127,9 @@ class EmulatedStreams:
         self.compute.append(event)
 
     def compute_record(self) -> EmulatedEvent:
-        event = EmulatedEvent()
-        self.compute.append(lambda: setattr(event, "done", True))
-        return event
+        record = _Record()
+        self.compute.append(record)
+        return record.event
 
     def freed(self, memory: Tensor) -> None:
         self.compute.append(lambda: _fill(memory))
@@ -179,14 +189,14 @@ class EmulatedStreams:
         self.side.popleft()
 
     def _abandon(self) -> None:
-        """Drop queued compute; what it would have recorded is done, as nothing of it will run any more."""
+        """Drop queued compute; what it would have recorded is done, as nothing of it will run any more.
+
+        Copies stay as they are: those still on their way are waited for by whoever reads them next.
+        """
         for work in self.compute:
-            if isinstance(work, EmulatedEvent):
-                work.done = True
+            if isinstance(work, _Record):
+                work()
         self.compute.clear()
-        for side_work, _ in self.side:
-            if isinstance(side_work, EmulatedEvent):
-                side_work.done = True
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
