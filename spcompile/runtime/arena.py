@@ -118,4 +118,4 @@ class Arena:
 def _finish(streams: Streams, process: int) -> None:
     """Before the block dies: a copy may be on its way into it. (A forked child has the arena, but not CUDA.)"""
     if process == os.getpid():
-        streams.synchronize()
+        streams.close()

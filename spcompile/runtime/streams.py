@@ -52,6 +52,8 @@ class Streams(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class CudaStreams:
     """The streams of one GPU."""
@@ -80,6 +82,10 @@ class CudaStreams:
         """Nothing: only the emulated device poisons what is freed."""
 
     def synchronize(self) -> None:
+        self.side.synchronize()
+
+    def close(self) -> None:
+        """Wait for what is on its way: the memory that it reads and writes is about to go."""
         self.side.synchronize()
 
 
@@ -159,6 +165,11 @@ class EmulatedStreams:
         self.drain()
         while self.side:
             self._advance_side()
+
+    def close(self) -> None:
+        """Forget what is queued. A model may die while another one is being traced, and whatever runs then is traced."""
+        self.compute.clear()
+        self.side.clear()
 
     def _step(self) -> None:
         head = self.compute[0]

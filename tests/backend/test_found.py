@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
+import random
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from spcompile.runtime.streams import EmulatedStreams
 from tests.running import compile_offloaded
 
 
@@ -82,3 +87,28 @@ def test_an_embedding_larger_than_the_layers_makes_one_slot_large() -> None:
         run.model(torch.arange(4))
     embedding, layer = run.plan.pages[0].slot_bytes, run.plan.pages[1].slot_bytes
     assert [slot.nbytes for slot in run.plan.slots] == [embedding, layer]
+
+
+def test_a_model_that_dies_while_another_is_traced_leaves_no_trace() -> None:
+    """Its late copies were executed when it was collected, in the middle of tracing, and became part of the graph."""
+    x = torch.randn(2, 32)
+    models = [nn.Sequential(*(Reversed() for _ in range(4))).eval()]
+    run = compile_offloaded(models[0], k=2, m=1)
+    streams = run.store.arena.streams
+    assert isinstance(streams, EmulatedStreams)
+    streams.random = random.Random(0)
+    with torch.no_grad():
+        while not streams.side:  # until a copy for the next iteration comes late
+            run.model(x)
+    alive = weakref.ref(run.store)
+    del run
+    torch._dynamo.reset()
+
+    def traced(x: Tensor) -> Tensor:
+        models.clear()
+        gc.collect()
+        return x * 2
+
+    graph = make_fx(traced)(x).graph
+    assert alive() is None
+    assert [node.name for node in graph.nodes if node.op == "call_function"] == ["mul"]
