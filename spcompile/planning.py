@@ -43,6 +43,9 @@ def plan(
 ) -> Plan:
     """The plan of a model.
 
+    Plans what a call at this place would compile: inside ``torch.no_grad()`` the inference graph, outside it, where
+    parameters require gradients, the forward graph of training.
+
     Args:
         model: a module, offloaded or not; or what torch.compile returned for one: without further arguments the plan
             in force after its last compilation is returned.

@@ -167,7 +167,7 @@ class EmulatedStreams:
             self._advance_side()
 
     def close(self) -> None:
-        """Forget what is queued. A model may die while another one is being traced, and whatever runs then is traced."""
+        """Forget what is queued. A model may die while another one is being traced, and what runs then is traced."""
         self.compute.clear()
         self.side.clear()
 
