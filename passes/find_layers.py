@@ -26,7 +26,7 @@ import re
 from torch import fx
 
 from spcompile.graph import is_deterministic_source
-from spcompile.module_tree import find_layer_paths
+from spcompile.module_tree import canonical_path, find_layer_paths
 from spcompile.passes.base import LAYER, Program, weight_views
 from spcompile.passes.structure import cut_by_width, parts_by_structure, weight_bytes_read
 
@@ -39,7 +39,7 @@ def find_layers(program: Program) -> None:
     """Write ``node.meta[LAYER]`` on every node that is not a placeholder or the output."""
     _tuck_getitems(program)
     named = [each for each in program.weights.values() if each.path]
-    layer_paths = find_layer_paths((_dotted(each.path), each.weight.nbytes) for each in named)
+    layer_paths = find_layer_paths((each.path, each.weight.nbytes) for each in named)
     if layer_paths:
         _label_by_module(program, layer_paths)
     else:
@@ -62,12 +62,7 @@ def module_path(node: fx.Node) -> str | None:
     if not stack:
         return None
     path: str = list(stack.values())[-1][0]
-    return _dotted(re.sub(r"@\d+", "", path))  # Dynamo numbers the calls of a module that runs several times
-
-
-def _dotted(path: str) -> str:
-    """Items of a plain list of modules (``G['blocks'][0]``) are numbered children like others."""
-    return re.sub(r"\[(\d+)\]", r".\1", path)
+    return canonical_path(re.sub(r"@\d+", "", path))  # Dynamo numbers the calls of a module that runs several times
 
 
 def _label_by_module(program: Program, layer_paths: frozenset[str]) -> None:
@@ -86,7 +81,7 @@ def _label_by_module(program: Program, layer_paths: frozenset[str]) -> None:
 
 def _first_path_read(program: Program, views: dict[fx.Node, None]) -> dict[fx.Node, str]:
     """Path of the first weight that each node reads, directly or through views; only of nodes that read a named one."""
-    behind = {node: _dotted(each.path) for node, each in program.weight_nodes().items() if each.path}
+    behind = {node: each.path for node, each in program.weight_nodes().items() if each.path}
     for node in views:
         if node.all_input_nodes[0] in behind:
             behind[node] = behind[node.all_input_nodes[0]]

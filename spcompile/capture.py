@@ -8,7 +8,6 @@ that input's example is the model's own parameter, and its storage is the weight
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch._inductor.virtualized import V
 
 from spcompile.graph import activation_bound_bytes
 from spcompile.ir import Weight
+from spcompile.module_tree import canonical_path
 from spcompile.options import Options
 from spcompile.partition import partition
 from spcompile.passes.base import Program, WeightInput
@@ -119,7 +119,7 @@ def module_path(placeholder: fx.Node) -> str:
     source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
     name = getattr(source, "name", "")
     text: str = name() if callable(name) else name  # a method in torch 2.11, a property later
-    return re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
+    return canonical_path(text)
 
 
 def storage_weights(model: torch.nn.Module) -> dict[int, Weight]:

@@ -25,6 +25,18 @@ are no layers. Items of a list always may be."""
 Signature = frozenset[tuple[str, int]]
 
 
+def canonical_path(path: str) -> str:
+    """A place in the module tree as Dynamo names it, in one spelling: ``L['self'].layers.0.fc.weight``.
+
+    Sources spell ``._modules['layers']``; a module that changed an attribute, ``.__dict__['_modules']['layers']``; a
+    forward behind a decorator of ``(*args, **kwargs)`` calls itself ``L['args'][0]``; a plain list of modules, ``[0]``.
+    """
+    path = re.sub(r"^L\['args'\]\[0\]", "L['self']", path)
+    path = re.sub(r"\.__dict__\['_(?:modules|parameters|buffers)'\]\['([^']*)'\]", r".\1", path)
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
+    return re.sub(r"\[(\d+)\]", r".\1", path)
+
+
 def find_layer_paths(weights: Iterable[tuple[str, int]]) -> frozenset[str]:
     """Paths of the layers in a module tree that is given as (path of a weight, its bytes)."""
     return frozenset(_search(sorted(set(weights)), ""))

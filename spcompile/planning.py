@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -104,7 +105,9 @@ class _Planner:
         return self.plans
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, fullgraph: bool) -> None:
-        compiled = torch.compile(self.model, backend=self._backend, fullgraph=fullgraph)
+        # Where torch can, without counting against the model's own recompile limit.
+        isolated = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+        compiled = torch.compile(self.model, backend=self._backend, fullgraph=fullgraph, **isolated)  # type: ignore[call-overload]
         with contextlib.suppress(_Stop):
             compiled(*args, **kwargs)
 

@@ -269,7 +269,7 @@ def layers_of(program: Program) -> list[list[int]]:
     sink_weight_views(program)
     find_layers(program)
     assert verify_graph(program.module, None, {}) == []
-    number = {node: int(each.path.rpartition("[")[2].rstrip("]")) for node, each in program.weight_nodes().items()}
+    number = {node: int(each.path.rpartition(".")[2]) for node, each in program.weight_nodes().items()}
     found: dict[str | None, dict[int, None]] = {}
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output"):
