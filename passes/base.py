@@ -55,6 +55,8 @@ class Program:
         known_pages: pages that earlier graphs of the same model made; a weight never changes its page.
         known_residents: names of pages that earlier graphs keep on the device.
         plan: filled in by ``make_schedule``.
+        paged: per placeholder that is read through a page, the page's index in the plan; filled in by
+            ``split_segments``, because afterwards the graph no longer shows which weights its segments write.
         page_inputs: per streamed page, the placeholders that its load stands for, in the order of the tuple that it
             returns; filled in by ``insert_transfers``.
     """
@@ -69,6 +71,7 @@ class Program:
     known_pages: tuple[Page, ...] = ()
     known_residents: frozenset[str] = frozenset()
     plan: Plan | None = None
+    paged: dict[str, int] = field(default_factory=dict)
     page_inputs: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property

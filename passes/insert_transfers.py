@@ -27,7 +27,7 @@ from torch.fx.node import Argument
 
 from spcompile import ops
 from spcompile.ir import Action, ActionKind
-from spcompile.passes.base import STEP, Program, paged_inputs
+from spcompile.passes.base import STEP, Program
 
 OPS: dict[ActionKind, Callable[..., Any]] = {
     ActionKind.PREFETCH: ops.prefetch,
@@ -46,7 +46,7 @@ def insert_transfers(program: Program) -> None:
     for node in graph.nodes:
         if ops.is_op(node, ops.pack):
             packs.setdefault(node.meta[STEP], []).append(node)
-    paged = paged_inputs(program)
+    paged = {node: program.paged[node.name] for node in program.weight_nodes() if node.name in program.paged}
     program.page_inputs = {
         page: tuple(node.name for node, owner in paged.items() if owner == page)
         for page in dict.fromkeys(interval.page for interval in plan.intervals)

@@ -50,6 +50,7 @@ class _Splitter:
         self.outer: dict[fx.Node, fx.Node] = {}
         self.root = torch.nn.Module()
         self.paged = paged_inputs(program)
+        program.paged = {node.name: page for node, page in self.paged.items()}
         self.bound_by = _symbol_placeholders(program.graph)
 
     def split(self) -> fx.GraphModule:

@@ -16,6 +16,7 @@ All violations are returned, each with the line of the guilty node in `format_gr
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ def verify_graph(
     lines = {node: index for index, node in enumerate(module.graph.nodes)}
     found = _lint(lines) + _reads_behind_writes(module.graph, lines)
     if plan is not None and (final or any(ops.is_op(node, op) for node in lines for op in ops.TRANSFERS)):
+        written = _written_arguments(module)  # a weight that the graph updates is used in place, page or not
+        weights = {name: weight for name, weight in weights.items() if name not in written}
         found += _reads_in_place(module.graph, plan, weights, lines)
         found += _wrong_pages(module.graph, plan, lines)
         found += _slot_memory_escapes(module, plan, weights, lines)
@@ -118,6 +121,22 @@ def _reads_in_place(
         for source in node.all_input_nodes
         if source.name in weights and page_of.get(weights[source.name]) in streamed
     ]
+
+
+def _written_arguments(module: fx.GraphModule) -> set[str]:
+    """The arguments of the graph that a segment writes into. What it is handed directly comes before the loads."""
+    written: set[str] = set()
+    for call in module.graph.find_nodes(op="call_module"):
+        segment = getattr(module, str(call.target))
+        pack = call.args[0]
+        if not isinstance(segment, fx.GraphModule) or not isinstance(pack, fx.Node):
+            continue
+        roots = _owners_of_memory(segment.graph.nodes)
+        targets = {root for node in segment.graph.nodes for each in _destinations(node) for root in roots[each]}
+        direct = itertools.takewhile(lambda value: not _is_load(value), pack.args)
+        handed_over = zip(direct, segment.graph.find_nodes(op="placeholder"), strict=False)
+        written |= {str(value) for value, inside in handed_over if inside in targets}
+    return written
 
 
 def _wrong_pages(graph: fx.Graph, plan: Plan, lines: Mapping[fx.Node, int]) -> list[Violation]:

@@ -112,3 +112,32 @@ def test_a_model_that_dies_while_another_is_traced_leaves_no_trace() -> None:
     graph = make_fx(traced)(x).graph
     assert alive() is None
     assert [node.name for node in graph.nodes if node.op == "call_function"] == ["mul"]
+
+
+class Decaying(nn.Module):
+    """A block that updates its own weight in place while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.weight.mul_(0.5)
+        return torch.tanh(x @ self.weight) * self.scale
+
+
+def test_a_graph_may_write_a_weight_that_an_earlier_graph_streams() -> None:
+    """Behind the cut into segments the write was no longer seen, and the segment was handed the slot as well."""
+    model = nn.Sequential(*(Decaying() for _ in range(4))).eval()
+    plain = copy.deepcopy(model)
+    x = torch.randn(3, 16)
+    run = compile_offloaded(model, k=2, m=1)
+    with torch.no_grad():
+        for training in (False, True, False, True, False):
+            model.train(training)
+            plain.train(training)
+            assert torch.equal(run.model(x), plain(x)), training
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter, other)
