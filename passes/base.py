@@ -52,6 +52,8 @@ class Program:
         device: compute device as text.
         wraps: whether the end of an iteration may prefetch for the next one (not in training).
         capacity_bytes: device memory that weights may take where no k is given; None: all of it.
+        activations_bytes: upper bound of the graph's intermediate tensors, as in `Plan`.
+        elsewhere_pages: how many pages the parts of the model make, or will make, that this graph does not read.
         known_pages: pages that earlier graphs of the same model made; a weight never changes its page.
         known_residents: names of pages that earlier graphs keep on the device.
         plan: filled in by ``make_schedule``.
@@ -68,6 +70,8 @@ class Program:
     wraps: bool
     model_order: Mapping[str, int] = field(default_factory=dict)
     capacity_bytes: int | None = None
+    activations_bytes: int = 0
+    elsewhere_pages: int = 0
     known_pages: tuple[Page, ...] = ()
     known_residents: frozenset[str] = frozenset()
     plan: Plan | None = None

@@ -26,7 +26,7 @@ import re
 from torch import fx
 
 from spcompile.graph import is_deterministic_source
-from spcompile.module_tree import canonical_path, find_layer_paths
+from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.passes.base import LAYER, Program, weight_views
 from spcompile.passes.structure import cut_by_width, parts_by_structure, weight_bytes_read
 
@@ -74,7 +74,7 @@ def _label_by_module(program: Program, layer_paths: frozenset[str]) -> None:
             continue
         path = module_path(node) or read.get(node)
         if path is not None and node.target is not operator.getitem:  # that one lies behind its producer
-            label = _layer_of(path, layer_paths)
+            label = layer_of(path, layer_paths)
         node.meta[LAYER] = label
     _cut_outside(program)
 
@@ -108,12 +108,6 @@ def _cut_outside(program: Program) -> None:
         for number, piece in enumerate(pieces):
             for node in piece:
                 node.meta[LAYER] = f"outside.{index}.{number}"
-
-
-def _layer_of(path: str, layer_paths: frozenset[str]) -> str | None:
-    parts = path.split(".")
-    prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    return next((prefix for prefix in prefixes if prefix in layer_paths), None)
 
 
 def _label_weight_views(program: Program) -> None:

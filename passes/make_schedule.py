@@ -21,7 +21,6 @@ The odd case: weights that the graph writes stay out of pages, and are used in p
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from torch import fx
 from spcompile.errors import OptionError
 from spcompile.graph import is_scalar
 from spcompile.ir import Page, Plan, Step, Weight
+from spcompile.module_tree import readable_path
 from spcompile.passes.base import IN_PLACE, LAYER, SEGMENT, Program, written_weights
 from spcompile.planner.make_plan import make_plan
 
@@ -84,6 +84,8 @@ def _plan(program: Program, pages: tuple[Page, ...], leftovers: tuple[Weight, ..
             m=m,
             capacity_bytes=program.capacity_bytes,
             residents=tuple(index for index, page in enumerate(pages) if page.name in program.known_residents),
+            elsewhere_pages=program.elsewhere_pages,
+            activations_bytes=program.activations_bytes,
         )
 
     try:
@@ -128,20 +130,15 @@ def _name_outside(runs: list[_Run]) -> list[_Run]:
     """Name the runs outside the layers after the first weight that they read, module path only."""
     taken = {run.label for run in runs}
     for index, run in enumerate(runs):
-        run.label = readable(run.label)
+        run.label = readable_path(run.label)
         if run.layer is not None:
             run.layer = run.label
             continue
-        first = readable(next(iter(run.reads.values()), f"between.{index}.?"))
+        first = readable_path(next(iter(run.reads.values()), f"between.{index}.?"))
         name = first.rpartition(".")[0] or first
         run.label = name if name not in taken else f"{name}.{index}"
         taken.add(run.label)
     return runs
-
-
-def readable(path: str) -> str:
-    """A path of the module tree without Dynamo's ``L['self'].`` or ``G['...']``."""
-    return re.sub(r"^[LG]\['(?:self'\]\.)?", "", path).replace("']", "")
 
 
 def _pages(program: Program, runs: Sequence[_Run]) -> tuple[tuple[Page, ...], tuple[Weight, ...]]:
@@ -178,7 +175,7 @@ def _pages(program: Program, runs: Sequence[_Run]) -> tuple[tuple[Page, ...], tu
 
 def _page_name(labels: tuple[str, ...], members: Sequence[Weight], taken: set[str]) -> str:
     """The label, or the weight's own name where several places share it; made unique among all pages of the model."""
-    name = labels[0] if len(labels) == 1 else readable(members[0].name)
+    name = labels[0] if len(labels) == 1 else readable_path(members[0].name)
     unique, suffix = name, 1
     while unique in taken:
         suffix += 1

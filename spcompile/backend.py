@@ -17,15 +17,17 @@ from torch import Tensor, fx
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx.graph import _BoxedCodeGen
 
+from spcompile.arrival import find_or_make_store
 from spcompile.capture import Capture
-from spcompile.errors import OffloadError, OptionError, SuperpipelineError
+from spcompile.errors import SuperpipelineError
 from spcompile.ir import Plan
 from spcompile.options import Options, parse_options
 from spcompile.passes.base import Program
 from spcompile.passes.insert_transfers import RUNTIME
 from spcompile.pipeline import run_passes
+from spcompile.rehome import RehomedCall, ambient_autocast, rehome_examples, rehome_graph
 from spcompile.runtime.emulated import run_emulated
-from spcompile.runtime.store import PageStore, tag_of
+from spcompile.runtime.store import PageStore
 from spcompile.runtime.streams import EmulatedStreams
 from spcompile.runtime.transfers import Transfers, WeightView
 from spcompile.segments import compile_segments
@@ -62,21 +64,32 @@ class _Compiler:
     """Compiles what one graph of Dynamo becomes: an inference graph, or a forward graph and later its backward."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
-        self.store = _find_store(example_inputs)
-        if options.device is not None and torch.device(options.device).type != self.store.device.type:
-            raise OptionError(
-                f"option 'device' is {options.device!r}, but the model was offloaded for {self.store.device}"
-            )
-        self.capture = Capture(gm, example_inputs, options, self.store.weight_of, self.store.model_order())
+        store = self.store = find_or_make_store(gm, example_inputs, options)
+        traced_inputs = None
+        if store.rehomed:
+            rehome_graph(gm, store.device)
+            traced_inputs = rehome_examples(gm, example_inputs, store.device)
+        self.capture = Capture(gm, example_inputs, options, store.weight_of, store.model_order(), traced_inputs)
         self.placements: list[Plan] = []
         self.segments: dict[str, torch.nn.Module] = {}
         self.traced = False
 
     def compile(self) -> Callable[..., Any]:
-        compiled = self.capture.trace(self._compile_graph)
+        if not self.store.rehomed:
+            compiled = self.capture.trace(self._compile_graph)
+        else:
+            with ambient_autocast(self.store.device):
+                compiled = self._rehomed(self.capture.trace(self._compile_graph))
         self.traced = True
         self._place()
         return compiled
+
+    def _rehomed(self, compiled: Callable[..., Any]) -> RehomedCall:
+        capture = self.capture
+        weights = {
+            index: _view_of(each.weight.name, capture.example_inputs[index]) for index, each in capture.weights.items()
+        }
+        return RehomedCall(compiled, self.store, weights, capture.owned_by_model(), capture.written)
 
     def _compile_graph(self, module: fx.GraphModule, wraps: bool) -> BoxedCallable:
         store = self.store
@@ -99,49 +112,40 @@ class _Compiler:
         for node, each in program.weight_nodes().items():
             tensor = self.capture.example_of(node)
             assert tensor is not None
-            views[node.name] = WeightView(
-                each.weight.name, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-            )
+            views[node.name] = _view_of(each.weight.name, tensor)
         return views
 
     def _place(self) -> None:
         """Move weights to where the plans want them. Only after tracing: it swaps the parameters' memory."""
-        for plan in self.placements:
-            self.store.place(plan)
+        with self.store.lock:
+            for plan in self.placements:
+                self.store.place(plan)
         self.placements.clear()
 
 
-def _find_store(example_inputs: Sequence[Any]) -> PageStore:
-    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
-    stores = list(dict.fromkeys(tag.store for tag in map(tag_of, tensors) if tag is not None))
-    if len(stores) == 1:
-        return stores[0]
-    if len(stores) > 1:
-        raise OffloadError(
-            "this graph reads weights of two models that were offloaded apart: offload one module that holds both"
-        )
-    if any(isinstance(value, torch.nn.Parameter) for value in tensors):
-        raise OffloadError("the model is not offloaded: call spcompile.offload(model) before torch.compile runs it")
-    return PageStore.empty(next((value.device for value in tensors), torch.device("cpu")))
+def _view_of(weight: str, tensor: Tensor) -> WeightView:
+    return WeightView(weight, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _runnable(module: fx.GraphModule, runtime: Transfers, store: PageStore) -> BoxedCallable:
     """The outer graph as a function that takes, and empties, one list of arguments."""
-    streams = store.arena.streams
+    streams, lock = store.arena.streams, store.lock
     setattr(module, RUNTIME, runtime)
     module.graph.lint()
 
     if isinstance(streams, EmulatedStreams) and runtime.plan.intervals:
 
         def run(args: list[Any]) -> Any:
-            return run_emulated(module, runtime, streams, args)
+            with lock:
+                return run_emulated(module, runtime, streams, args)
 
     else:
         module.graph.set_codegen(_BoxedCodeGen())
         module.recompile()
 
         def run(args: list[Any]) -> Any:
-            return module.forward(args)
+            with lock:
+                return module.forward(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd's calling convention
     return run

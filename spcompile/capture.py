@@ -8,7 +8,7 @@ that input's example is the model's own parameter, and its storage is the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.virtualized import V
 
-from spcompile.graph import activation_bound_bytes
+from spcompile.graph import activation_bound_bytes, memory_roots, written_inputs
 from spcompile.ir import Weight
-from spcompile.module_tree import canonical_path
+from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.options import Options
 from spcompile.partition import partition
 from spcompile.passes.base import Program, WeightInput
+from spcompile.passes.make_schedule import LEFTOVER_FRACTION
 from spcompile.runtime.host import free_device_bytes
 from spcompile.runtime.store import PageStore
 
@@ -42,6 +43,7 @@ class Capture:
         options: what the user asked for.
         weight_of: the weight that an example input looks at, given its path; None where it is no weight.
         model_order: place of each weight, by name, in the order of the model's parameters.
+        traced_inputs: what AOTAutograd traces with instead of ``example_inputs`` (a re-homed model's stand-ins).
     """
 
     def __init__(
@@ -51,12 +53,15 @@ class Capture:
         options: Options,
         weight_of: Callable[[Tensor, str], Weight | None],
         model_order: Mapping[str, int],
+        traced_inputs: Sequence[Any] | None = None,
     ) -> None:
         self.gm = gm
+        self.traced_inputs = example_inputs if traced_inputs is None else traced_inputs
         self.example_inputs = example_inputs
         self.options = options
         self.model_order = model_order
         self.weights: dict[int, WeightInput] = {}
+        self.written: set[int] = set()  # indices of the inputs that a graph updates in place
         for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             example, path = example_inputs[index], module_path(node)
             weight = weight_of(example, path) if isinstance(example, Tensor) else None
@@ -75,9 +80,9 @@ class Capture:
             decompositions={} if self.options.compiler == "eager" else select_decomp_table(),
             keep_inference_input_mutations=True,
         )
-        fake_mode = detect_fake_mode(self.example_inputs)
+        fake_mode = detect_fake_mode(self.traced_inputs)
         with V.set_fake_mode(fake_mode), tracing(TracingContext.try_get() or TracingContext(fake_mode)):
-            compiled: Callable[..., Any] = aot(self.gm, self.example_inputs)
+            compiled: Callable[..., Any] = aot(self.gm, self.traced_inputs)
             return compiled
 
     def is_weight(self, placeholder: fx.Node) -> bool:
@@ -89,6 +94,12 @@ class Capture:
         index = input_index(placeholder)
         return self.example_inputs[index] if index is not None and index in self.weights else None
 
+    def owned_by_model(self) -> frozenset[int]:
+        """Indices of the inputs that are no weights but belong to the model itself: its buffers."""
+        nodes = self.gm.graph.find_nodes(op="placeholder")
+        paths = {index: module_path(node) for index, node in enumerate(nodes) if index not in self.weights}
+        return frozenset(index for index, path in paths.items() if path.startswith(("L['self'].", "G[")))
+
     def program(self, module: fx.GraphModule, *, device: torch.device, wraps: bool, store: PageStore | None) -> Program:
         """What the passes need to know of one ATen graph. ``store`` is None for a model that is not offloaded."""
         weights = {}
@@ -96,15 +107,39 @@ class Capture:
             index = input_index(node)
             if index is not None and index in self.weights:
                 weights[node.name] = self.weights[index]
+        self.written.update(_written_indices(module.graph))
         program = Program(module, weights, self.options, str(device), wraps, self.model_order)
         free_bytes = free_device_bytes(device)
         if store is not None:
             program.known_pages = tuple(store.pages)
             program.known_residents = frozenset(store.resident_pages())
+            program.elsewhere_pages = _elsewhere_pages(store, {each.weight.name for each in weights.values()})
             free_bytes += store.device_bytes()  # what is placed already can be placed again
-        room_bytes = int(free_bytes * (1 - MARGIN_FRACTION)) - activation_bound_bytes(module.graph)
-        program.capacity_bytes = max(0, room_bytes)
+        program.activations_bytes = activation_bound_bytes(module.graph)
+        program.capacity_bytes = max(0, int(free_bytes * (1 - MARGIN_FRACTION)) - program.activations_bytes)
         return program
+
+
+def _written_indices(graph: fx.Graph) -> Iterator[int]:
+    roots = memory_roots(graph.nodes)
+    for node in graph.nodes:
+        for root in {root for each in written_inputs(node) for root in roots[each]}:
+            index = input_index(root)
+            if index is not None:
+                yield index
+
+
+def _elsewhere_pages(store: PageStore, read: Set[str]) -> int:
+    """How many pages the weights make that a graph does not read: those of other graphs, and an estimate of those that
+    no graph has read so far (one for each layer, and one for what lies outside unless it is small)."""
+    page_of = {weight.name: page.name for page in store.pages for weight in page.weights}
+    others = set(page_of.values()) - {page_of[name] for name in read if name in page_of}
+    unread = [weight for name, weight in store.weights.items() if name not in page_of and name not in read]
+    layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in store.weights.values())
+    layers = {layer_of(weight.name, layer_paths) for weight in unread}
+    outside_bytes = sum(weight.nbytes for weight in unread if layer_of(weight.name, layer_paths) is None)
+    has_outside = outside_bytes * LEFTOVER_FRACTION > max((page.nbytes for page in store.pages), default=0)
+    return len(others) + len(layers - {None}) + has_outside
 
 
 def input_index(placeholder: fx.Node) -> int | None:

@@ -160,6 +160,7 @@ class Plan:
         slots: the places of the arena.
         period: after how many iterations the slots of all intervals repeat.
         intervals: the stays of the streamed pages, in the order in which their copies are issued.
+        activations_bytes: upper bound of what the graph's intermediate tensors take at once, counted before fusion.
     """
 
     device: str
@@ -173,6 +174,7 @@ class Plan:
     slots: tuple[Slot, ...]
     period: int
     intervals: tuple[Interval, ...]
+    activations_bytes: int = 0
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -213,6 +215,11 @@ class Plan:
     def peak_weight_bytes(self) -> int:
         """Most bytes that weights take on the device at once: arena, residents and leftovers."""
         return self.arena_bytes + self.residents_bytes + self.leftovers_bytes
+
+    def peak_bytes(self) -> int:
+        """Upper bound of the device memory of one iteration: weights and intermediate tensors. Inputs, outputs and the
+        workspaces of libraries come on top."""
+        return self.peak_weight_bytes + self.activations_bytes
 
     def load_step(self, interval: Interval) -> int:
         """First step that reads the interval's page, or -1 where none does."""
@@ -282,6 +289,33 @@ class Plan:
         from spcompile.text import format_plan  # text is above ir; only the convenience of print(plan) reaches up
 
         return format_plan(self)
+
+
+class Plans(tuple[Plan, ...]):
+    """The plans of the graphs of one model, in the order of their capture: prompt and next token, the pieces between
+    graph breaks, forward and backward.
+
+    They share pages, residents and the arena, so sums over them mean little; maxima and unions are given.
+    """
+
+    __slots__ = ()
+
+    @property
+    def pages(self) -> tuple[Page, ...]:
+        """The pages of all graphs, each once, in order of first use."""
+        return tuple(dict.fromkeys(page for plan in self for page in plan.pages))
+
+    @property
+    def arena_bytes(self) -> int:
+        """Size of the device block that holds the slots of all graphs."""
+        return max((plan.arena_bytes for plan in self), default=0)
+
+    def peak_bytes(self) -> int:
+        """See `Plan.peak_bytes`: that of the graph that needs most."""
+        return max((plan.peak_bytes() for plan in self), default=0)
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"Graph {index} of {len(self)}\n{plan}" for index, plan in enumerate(self, start=1))
 
 
 def _weights(fields: list[dict[str, Any]]) -> tuple[Weight, ...]:

@@ -37,6 +37,18 @@ def canonical_path(path: str) -> str:
     return re.sub(r"\[(\d+)\]", r".\1", path)
 
 
+def readable_path(path: str) -> str:
+    """A path of the module tree without Dynamo's ``L['self'].`` or ``G['...']``."""
+    return re.sub(r"^[LG]\['(?:self'\]\.)?", "", path).replace("']", "")
+
+
+def layer_of(path: str, layer_paths: frozenset[str]) -> str | None:
+    """The layer that a path lies in; None outside the layers."""
+    parts = path.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return next((prefix for prefix in prefixes if prefix in layer_paths), None)
+
+
 def find_layer_paths(weights: Iterable[tuple[str, int]]) -> frozenset[str]:
     """Paths of the layers in a module tree that is given as (path of a weight, its bytes)."""
     return frozenset(_search(sorted(set(weights)), ""))

@@ -12,34 +12,30 @@ ready, so a model that is on the host already needs room for about one block mor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from spcompile.errors import OffloadError
-from spcompile.ir import align
-from spcompile.runtime.host import HostBlock, check_host_memory, compute_device
-from spcompile.runtime.store import (
-    PageStore,
+from spcompile.runtime.host import HostBlock, check_host_memory, compute_device, lay_out_blocks
+from spcompile.runtime.store import PageStore, watch_optimizers
+from spcompile.runtime.weights import (
     StoredWeight,
     Tag,
+    bytes_of,
     look_at,
     real_tensors,
+    storage_key,
     tag_of,
     untag,
-    watch_optimizers,
+    what_is_special,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
-
-BLOCK_BYTES = 512 << 20
-"""A block is closed when the next weight would take it past this. Large enough that few pages cross from one block into
-the next; small enough as the extra memory that `offload` needs on its way."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +78,19 @@ def offload(model: Model, device: str | torch.device | None = None) -> Model:
     watch_optimizers()
     storages = _storages(model)
     tags = [storage.tag for storage in storages]
-    stores = (tag.store for tag in tags if tag is not None and tag.store.device == target)
-    store = next(stores, None) or PageStore(target)
+    kept = [tag for tag in tags if tag is not None and _is_for(tag.store, target)]
+    store = kept[0].store if kept else PageStore(target)
     fresh = []
     for storage, tag in zip(storages, tags, strict=True):
-        if tag is not None and tag.store.device == target:
+        if tag is not None and tag in kept:
             _keep(store, storage, tag)
         else:
             fresh.append(storage)
+    store.make_offloaded(name for name, weight in store.weights.items() if not weight.has_home)
     check_host_memory(sum(storage.nbytes for storage in fresh if storage.tensors[0].device.type != "cpu"))
     with ExitStack() as undo:
-        for places in _layout(fresh):
-            _fill_block(store, places, undo)
+        for places in lay_out_blocks([storage.nbytes for storage in fresh]):
+            _fill_block(store, [(fresh[index], offset_bytes) for index, offset_bytes in places], undo)
         _move_others(model, target, undo)
         undo.pop_all()
     return model
@@ -146,7 +143,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 def _check_tensors(model: nn.Module) -> None:
     """Raise for what cannot be moved, before anything is."""
     for name, parameter in model.named_parameters():
-        problem = _problem(parameter)
+        problem = what_is_special(parameter)
         if problem is not None:
             raise OffloadError(f"cannot offload the weight {name!r}: {problem}")
     for name, buffer in model.named_buffers():
@@ -154,33 +151,22 @@ def _check_tensors(model: nn.Module) -> None:
             raise OffloadError(f"cannot offload the model: the buffer {name!r} is on the meta device, it has no values")
 
 
-def _problem(tensor: Tensor) -> str | None:
-    """Why the bytes of a tensor's storage are not all there is to it; None for a plain dense tensor."""
-    if is_lazy(tensor):
-        return "it is not initialised yet; run the model once on an example"
-    if type(tensor.data) is not Tensor:
-        return f"it is a {type(tensor.data).__name__}, a tensor subclass; only plain tensors can be offloaded so far"
-    if tensor.is_meta:
-        return "it is on the meta device, it has no values"
-    if tensor.layout is not torch.strided:
-        return f"its layout is {tensor.layout}; only dense tensors can be offloaded"
-    if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-        return "it is quantized by torch, or a lazy conjugate or negative; make a plain tensor of it"
-    if tensor.device.type not in ("cpu", "cuda"):
-        return f"it is on {tensor.device}; move the model to the CPU or to a CUDA device first"
-    return None
-
-
 def _storages(model: nn.Module) -> list[_Storage]:
     """The storages of the parameters in order, each with the parameters and buffers that look at it."""
     found: dict[int, _Storage] = {}
     for name, parameter in model.named_parameters():
-        storage = parameter.untyped_storage()
-        found.setdefault(storage._cdata, _Storage(name, storage.nbytes(), [])).tensors.append(parameter)
+        nbytes = parameter.untyped_storage().nbytes()
+        found.setdefault(storage_key(parameter), _Storage(name, nbytes, [])).tensors.append(parameter)
     for buffer in model.buffers():
-        if _problem(buffer) is None and buffer.untyped_storage()._cdata in found:
-            found[buffer.untyped_storage()._cdata].tensors.append(buffer)
+        if what_is_special(buffer) is None and storage_key(buffer) in found:
+            found[storage_key(buffer)].tensors.append(buffer)
     return list(found.values())
+
+
+def _is_for(store: PageStore, device: torch.device) -> bool:
+    """Whether the store's weights look like offloaded ones for this device (a model that was compiled as it was, on the
+    CPU, has tensors that do not)."""
+    return store.device == device and not store.rehomed
 
 
 def _keep(store: PageStore, storage: _Storage, tag: Tag) -> None:
@@ -193,36 +179,18 @@ def _keep(store: PageStore, storage: _Storage, tag: Tag) -> None:
         store.attach(tensor, name)
 
 
-def _layout(storages: Iterable[_Storage]) -> Iterator[list[tuple[_Storage, int]]]:
-    """Blocks, each as its storages and their offsets in bytes."""
-    places: list[tuple[_Storage, int]] = []
-    end_bytes = 0
-    for storage in storages:
-        if places and end_bytes + storage.nbytes > BLOCK_BYTES:
-            yield places
-            places, end_bytes = [], 0
-        places.append((storage, end_bytes))
-        end_bytes = align(end_bytes + storage.nbytes)
-    if places:
-        yield places
-
-
 def _fill_block(store: PageStore, places: Sequence[tuple[_Storage, int]], undo: ExitStack) -> None:
     """Copy storages into a block of their own and let everything that looks at them look there."""
     last, last_offset_bytes = places[-1]
     block = HostBlock(last_offset_bytes + last.nbytes, store.device)
     with real_tensors():
-        block.fill([(offset_bytes, _bytes_of(storage.tensors[0])) for storage, offset_bytes in places])
+        block.fill([(offset_bytes, bytes_of(storage.tensors[0])) for storage, offset_bytes in places])
     for storage, offset_bytes in places:
         origin = storage.tensors[0].device
-        weight = StoredWeight(store.free_name(storage.name), storage.nbytes, block, offset_bytes)
+        weight = StoredWeight(store.free_name(storage.name), storage.nbytes)
+        weight.move_in(block, offset_bytes)
         store.add(weight, storage.tensors)
         undo.callback(store.release, weight.name, origin)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """The whole storage of a tensor, uint8 ``[nbytes]``."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _move_others(model: nn.Module, device: torch.device, undo: ExitStack) -> None:
@@ -230,15 +198,17 @@ def _move_others(model: nn.Module, device: torch.device, undo: ExitStack) -> Non
     copies: dict[int, Tensor] = {}
     for module in model.modules():
         for key, buffer in module._buffers.items():
-            if buffer is not None and _problem(buffer) is not None and buffer.device != device:  # sparse, a subclass
+            if buffer is None or buffer.device == device:
+                continue
+            if what_is_special(buffer) is not None:  # sparse, a subclass
                 undo.callback(module._buffers.__setitem__, key, buffer)
                 module._buffers[key] = buffer.to(device)
     for tensor in _tensors(model):
-        if tensor.device == device or tag_of(tensor) is not None or _problem(tensor) is not None:
+        if tensor.device == device or tag_of(tensor) is not None or what_is_special(tensor) is not None:
             continue
         undo.callback(setattr, tensor, "data", tensor.data)
-        key = tensor.untyped_storage()._cdata  # of a storage that the line above keeps alive
+        storage = storage_key(tensor)  # of a storage that the line above keeps alive
         with real_tensors():
-            if key not in copies:
-                copies[key] = _bytes_of(tensor).to(device)
-            look_at(tensor, copies[key])
+            if storage not in copies:
+                copies[storage] = bytes_of(tensor).to(device)
+            look_at(tensor, copies[storage])

@@ -31,8 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.structure",),
     ("passes.*",),
     ("segments", "runtime.*"),
-    ("capture",),
-    ("pipeline", "offload"),
+    ("capture", "rehome"),
+    ("pipeline", "offload", "arrival"),
     ("backend",),
     ("planning", "explain"),
     ("spcompile",),  # the package's own __init__, which collects the interface

@@ -5,8 +5,8 @@ nothing is resident, and every page moves once per use. With a capacity in bytes
 resident, and the rest goes through a narrow window (``residents.py``).
 How: residents first, then the window over the streamed rest (``window.py``), then slots for its stays (``slots.py``).
 
-The odd cases: with k of at least all pages, or memory for all, nothing moves. A page that no step reads stays on the
-host, unless all pages are resident.
+The odd cases: with k of at least all pages of the model, or memory for all, nothing moves. A page that no step reads
+stays on the host, unless all pages are resident.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def make_plan(
     m: int | None = None,
     capacity_bytes: int | None = None,
     residents: Collection[int] = (),
+    elsewhere_pages: int = 0,
+    activations_bytes: int = 0,
 ) -> Plan:
     """Plan one graph.
 
@@ -45,6 +47,9 @@ def make_plan(
         capacity_bytes: device memory for weights, leftovers included. Only used without k; None: room for all.
         residents: indices of pages that another graph of the model already keeps on the device. Without k they are
             kept before all others, as far as they fit.
+        elsewhere_pages: pages that only other graphs of the model read. k counts them, too: only where it covers them
+            all is everything resident.
+        activations_bytes: as in `Plan`; not placed.
 
     Raises:
         OptionError: k or m is out of range, k is less than the most pages that one step reads, or ``capacity_bytes``
@@ -54,7 +59,7 @@ def make_plan(
     if k is None:
         kept = _choose_residents(pages, leftovers, steps, capacity_bytes, residents)
     else:
-        kept = tuple(range(len(pages))) if k >= len(pages) else ()
+        kept = tuple(range(len(pages))) if k >= len(pages) + elsewhere_pages else ()
     streamed = [tuple(page for page in step.reads if page not in kept) for step in steps]
     if len(kept) == len(pages):
         k, m = len(pages), max(1, min(m or 1, len(pages)))
@@ -74,6 +79,7 @@ def make_plan(
         slots=_slots(pages, intervals),
         period=period,
         intervals=intervals,
+        activations_bytes=activations_bytes,
     )
 
 

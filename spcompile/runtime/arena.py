@@ -33,6 +33,7 @@ class Tenant:
         version: of the page's weights when the copy was issued.
         ready: event behind the copy.
         released: event behind the last reader, once evicted.
+        awaited: the running iteration will load it.
         held: loaded and not yet evicted.
     """
 
@@ -42,6 +43,7 @@ class Tenant:
     version: Hashable
     ready: Any
     released: Any = None
+    awaited: bool = False
     held: bool = False
 
     def overlaps(self, offset_bytes: int, nbytes: int) -> bool:
@@ -101,12 +103,18 @@ class Arena:
             assert not tenant.held, f"{tenant.page} is still in use at {offset_bytes}"
         return [tenant.released for tenant in leaving if tenant.released is not None]
 
+    def is_taken(self, offset_bytes: int, nbytes: int) -> bool:
+        """Whether the running iteration still needs a page in this range."""
+        return any((tenant.held or tenant.awaited) and tenant.overlaps(offset_bytes, nbytes) for tenant in self.tenants)
+
     def add(self, tenant: Tenant) -> None:
         """Enter a tenant whose range was claimed."""
         self.tenants.append(tenant)
 
     def release_all(self) -> None:
         """Take back every slot that an iteration left held (it was cut short by an exception)."""
+        for tenant in self.tenants:
+            tenant.awaited = False
         held = [tenant for tenant in self.tenants if tenant.held]
         if not held:
             return

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from spcompile.errors import OffloadError
+from spcompile.ir import align
 
 logger = logging.getLogger("spcompile")
 
@@ -39,6 +40,10 @@ TOUCH_BYTES = 16 << 20
 
 TOUCH_THREADS = 16
 """Most threads that fill fresh memory: one thread first touches 1.3 GB/s, sixteen 5 (design.md, decision 2)."""
+
+BLOCK_BYTES = 256 << 20
+"""A block is closed when the next weight would take it past this: large enough that most layers cross at most once from
+one block into the next, small enough as the extra memory that moving a model needs on its way."""
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
@@ -140,6 +145,20 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="ascii").splitlines()
     except OSError:
         return []
+
+
+def lay_out_blocks(sizes_bytes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """Pack things of these sizes into blocks, in their order; each block as (index, offset in bytes) of its things."""
+    places: list[tuple[int, int]] = []
+    end_bytes = 0
+    for index, nbytes in enumerate(sizes_bytes):
+        if places and end_bytes + nbytes > BLOCK_BYTES:
+            yield places
+            places, end_bytes = [], 0
+        places.append((index, end_bytes))
+        end_bytes = align(end_bytes + nbytes)
+    if places:
+        yield places
 
 
 class _Mapping(mmap.mmap):

@@ -1,9 +1,13 @@
-"""The weights of an offloaded model: where each one is, and which tensors look at it.
+"""The weights of a model: which are on the device, and which are streamed from host memory.
 
-A `StoredWeight` is one storage of the model. Its home is a place in a `HostBlock`, which the device reads in place
-(``view``); while it is resident, a device copy is the truth instead and the place in the block is stale. Either way the
-model's tensors are views of the one that is ``current``, so no code can read a stale or freed weight. Moving a weight
-swaps the ``.data`` of its tensors: device, dtype, shape and stride stay, so nothing recompiles.
+A model comes in one of three ways, which differ in what its tensors look at (see ``weights.py`` for what a weight is):
+
+* *offloaded*: they look at what is `StoredWeight.current` - the device copy of a resident weight, otherwise its home,
+  which the device reads in place. So no code can read a stale or freed weight.
+* *on the device already*: the same, but a weight has no home, and its device "copy" is the storage it came with, until
+  a plan streams it.
+* *re-homed*: the model stays a CPU model, its tensors look at host memory always, and device copies are only copies,
+  which are renewed when the weight has changed.
 
 Who holds whom: tensor -> `Tag` -> `PageStore` -> `StoredWeight` -> block. The store holds the model's tensors and the
 runtimes of its graphs only weakly, so there is no cycle and no registry: the last tensor to die takes everything along.
@@ -17,102 +21,73 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import TensorWeakRef
 
 from spcompile.errors import OffloadError
 from spcompile.ir import Page, Plan, Weight
 from spcompile.runtime.arena import Arena
-from spcompile.runtime.host import HostBlock
+from spcompile.runtime.host import HostBlock, lay_out_blocks
 from spcompile.runtime.streams import CudaStreams, EmulatedStreams, Streams
+from spcompile.runtime.weights import (
+    TAG,
+    StoredWeight,
+    Tag,
+    bytes_of,
+    look_at,
+    real_tensors,
+    storage_key,
+    tag_of,
+    untag,
+)
 
-TAG = "_spcompile_tag"
-"""Attribute of every parameter, and every buffer that aliases one, of an offloaded model."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tag:
-    """On a tensor: the store and the name of the weight that the tensor looks at. Find it with `tag_of`."""
-
-    store: PageStore
-    name: str
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied tensor is an ordinary one."""
-
-    def __reduce__(self) -> tuple[type[OrderedDict[str, Any]], tuple[()]]:
-        """A saved tensor is an ordinary one. Loading it must not need this package, nor anything that torch's
-        ``weights_only`` loading forbids; of what that allows, an empty dict comes nearest to nothing."""
-        return OrderedDict, ()
-
-
-class StoredWeight:
-    """One storage of the model.
-
-    Attributes:
-        name: the first fully qualified parameter name that uses the storage, unique in its store.
-        nbytes: size of the storage.
-        block, offset_bytes: its home.
-        host: the home as a CPU tensor, uint8 ``[nbytes]``.
-        view: the home as a tensor of the compute device, uint8 ``[nbytes]``, a storage of its own.
-        resident: the device copy, uint8 ``[nbytes]``, while there is one.
-    """
-
-    def __init__(self, name: str, nbytes: int, block: HostBlock, offset_bytes: int) -> None:
-        self.name = name
-        self.nbytes = nbytes
-        self.block = block
-        self.offset_bytes = offset_bytes
-        self.host = block.host(offset_bytes, nbytes)
-        self.view = block.view(offset_bytes, nbytes)
-        self.resident: Tensor | None = None
-
-    @property
-    def current(self) -> Tensor:
-        """The memory that the model's tensors look at."""
-        return self.view if self.resident is None else self.resident
+logger = logging.getLogger(__name__)
 
 
 class PageStore:
     """The weights of one model, and what the graphs compiled for it share: pages, arena, compiled segments.
 
-    Attributes:
+    Args:
         device: the compute device; ``cpu`` is the emulated one.
+        rehomed: whether the model's tensors stay in host memory as CPU tensors.
+
+    Attributes:
         weights: by name, in the order of the model's parameters.
         generation: goes up when copies may be stale although no tensor's version says so.
         pages: pages of all graphs so far; a weight never changes its page.
         arena: where streamed pages have their slots.
         segments: compiled segments by key.
+        lock: held while an iteration is issued or weights are moved: two threads take turns.
+        latest: the runtime of the graph that ran last, and what its pages were bound to (see ``transfers.py``).
         log: events of the runtimes, where a test has put a list.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, rehomed: bool = False) -> None:
         self.device = device
+        self.rehomed = rehomed
         self.weights: dict[str, StoredWeight] = {}
         self.generation = 0
         self.pages: list[Page] = []
         streams: Streams = CudaStreams(device) if device.type == "cuda" else EmulatedStreams()
         self.arena = Arena(device, streams)
         self.segments: dict[str, torch.nn.Module] = {}
+        self.lock = threading.RLock()
+        self.latest: tuple[weakref.ref[Any], tuple[tuple[int, str], ...]] | None = None
         self.log: list[tuple[object, ...]] | None = None
         self._tensors: dict[str, list[TensorWeakRef]] = {}
         self._runtimes: list[weakref.ref[Any]] = []
         self._pieces: dict[str, tuple[tuple[int, Tensor], ...]] = {}
-
-    @classmethod
-    def empty(cls, device: torch.device) -> PageStore:
-        """The store of a graph that reads no weights."""
-        return cls(device)
+        self._addresses: dict[int, str] = {}
+        self._copied: dict[str, Hashable] = {}  # re-homed: the version of each device copy
 
     # What looks at a weight.
 
@@ -127,8 +102,21 @@ class PageStore:
         self._tensors[weight.name] = []
         with real_tensors():
             for tensor in tensors:
-                look_at(tensor, weight.current)
+                if not self._views(tensor, weight):
+                    look_at(tensor, self._face(weight))
                 self.attach(tensor, weight.name)
+
+    def take(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Take a weight in as it is, where it is: nothing is moved or copied.
+
+        Args:
+            name: free in this store.
+            tensors: all that view one storage, which is on the device, or (`rehomed`) in host memory.
+        """
+        with real_tensors():
+            memory = bytes_of(tensors[0])
+        where = {"origin": memory} if self.rehomed else {"resident": memory}
+        self.add(StoredWeight(name, memory.numel(), **where), tensors)
 
     def attach(self, tensor: Tensor, name: str) -> None:
         """Tag a tensor that already looks at the weight's memory, so that it follows the weight from now on."""
@@ -138,8 +126,8 @@ class PageStore:
         self._tensors[name].append(TensorWeakRef(tensor))
 
     def adopt(self, other: PageStore, name: str, new_name: str) -> None:
-        """Take over a weight of another store of the same device, under a name that is free here. Nothing is copied."""
-        assert other.device == self.device, (other.device, self.device)
+        """Take over a weight of another store of the same kind, under a name that is free here. Nothing is copied."""
+        assert (other.device, other.rehomed) == (self.device, self.rehomed)
         weight, tensors = other.weights[name], other.tensors_of(name)
         other._forget(name)
         weight.name = new_name
@@ -150,25 +138,30 @@ class PageStore:
         weight = self.weights[name]
         self._settle()
         with real_tensors():
-            memory = weight.resident
-            if memory is None or memory.device != device:
-                source = weight.host if memory is None else memory
-                memory = torch.empty(weight.nbytes, dtype=torch.uint8, device=device).copy_(source)
+            memory = self._ordinary_memory(weight, device)
             for tensor in self.tensors_of(name):
                 if self._views(tensor, weight):
                     look_at(tensor, memory)
         self._forget(name)
 
+    def _ordinary_memory(self, weight: StoredWeight, device: torch.device) -> Tensor:
+        """The weight's bytes in memory of their own on ``device``: what it looks at now, where that is such memory."""
+        face = self._face(weight)
+        is_home = weight.has_home and face is not weight.resident
+        if face.device == device and not is_home:
+            return face
+        source = weight.host if is_home else face
+        return torch.empty(weight.nbytes, dtype=torch.uint8, device=device).copy_(source)
+
     def free_name(self, name: str) -> str:
         """The name, or one made of it, that no weight has yet."""
-        numbered = (f"{name}#{number}" for number in itertools.count(2))
-        return next(each for each in itertools.chain([name], numbered) if each not in self.weights)
+        return _free_name(name, self.weights)
 
     def _forget(self, name: str) -> None:
         for tensor in self.tensors_of(name):
             untag(tensor)
         del self.weights[name], self._tensors[name]
-        self._pieces.clear()
+        self._moved()
 
     def tensors_of(self, name: str) -> list[Tensor]:
         """The live tensors that were given to this weight (some may look elsewhere by now: see `holds`)."""
@@ -195,10 +188,13 @@ class PageStore:
         """Place of each weight in the order of the model's parameters, which is their order in host memory."""
         return {name: index for index, name in enumerate(self.weights)}
 
-    @staticmethod
-    def _views(tensor: Tensor, weight: StoredWeight) -> bool:
+    def _face(self, weight: StoredWeight) -> Tensor:
+        """The memory that the model's tensors look at."""
+        return weight.host if self.rehomed else weight.current
+
+    def _views(self, tensor: Tensor, weight: StoredWeight) -> bool:
         # By storage, not by address: those of empty tensors are all null.
-        return bool(tensor.untyped_storage()._cdata == weight.current.untyped_storage()._cdata)
+        return storage_key(tensor) == storage_key(self._face(weight))
 
     # Where a weight is.
 
@@ -206,8 +202,41 @@ class PageStore:
         """Address of the weight's current memory; 0 once it was released."""
         return self.weights[name].current.data_ptr() if name in self.weights else 0
 
+    def name_at(self, tensor: Tensor) -> str | None:
+        """The weight in whose current memory a tensor lies, as the compute device sees it; None where there is none."""
+        if not self._addresses:
+            placed = (weight for weight in self.weights.values() if weight.resident is not None or weight.has_home)
+            self._addresses = {weight.current.data_ptr(): weight.name for weight in placed if weight.nbytes}
+        return self._addresses.get(tensor.untyped_storage().data_ptr())
+
+    def page_of(self, weights: tuple[Weight, ...]) -> Page | None:
+        """A page of just these weights for another graph's layers; None where they cannot be streamed.
+
+        Those that came on the device and have not been placed by any plan are moved to host memory now.
+        """
+        stored = [self.weights[weight.name] for weight in weights]
+        if [each.nbytes for each in stored] != [weight.nbytes for weight in weights]:
+            return None
+        if any(each.resident is not None and each.has_home for each in stored):
+            return None  # resident, by another graph's plan: best used where they are
+        self.make_offloaded(weight.name for weight in weights)
+        known = next((page for page in self.pages if page.weights == weights), None)
+        if known is not None:
+            return known
+        taken = {page.name for page in self.pages}
+        paths = [weight.name.split(".") for weight in weights]
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        name = ".".join(parts[0] for parts in shared) or weights[0].name
+        self.pages.append(Page(_free_name(name, taken), weights))
+        return self.pages[-1]
+
+    def _moved(self) -> None:
+        """A weight has other memory now."""
+        self._pieces.clear()
+        self._addresses.clear()
+
     def make_resident(self, names: Iterable[str]) -> None:
-        """Give these weights device copies, which their tensors look at from now on.
+        """Give these weights device copies, which the device uses from now on.
 
         Raises:
             OffloadError: the device has not this much memory; nothing has changed then.
@@ -219,24 +248,47 @@ class PageStore:
         with real_tensors():
             copies = [self._device_copy(weight, moving) for weight in moving]
             for weight, copy in zip(moving, copies, strict=True):
+                self._copied[weight.name] = self.version([weight.name])
                 self._point(weight, copy)
         self._settle()
 
     def make_offloaded(self, names: Iterable[str]) -> None:
-        """Write the device copies of these weights back to the host, which their tensors look at from now on."""
-        moving = [self.weights[name] for name in dict.fromkeys(names)]
-        moving = [weight for weight in moving if weight.resident is not None]
+        """Give these weights homes, and their device memory back; the device reads the homes from now on.
+
+        Raises:
+            OffloadError: there is not enough host memory; what has not moved yet stays where it is.
+        """
+        wanted = set(names)
+        moving = [weight for name, weight in self.weights.items() if name in wanted]  # homes lie in the model's order
+        moving = [weight for weight in moving if weight.resident is not None or not weight.has_home]
         if not moving:
             return
         self._settle()
         with real_tensors():
-            for weight in moving:
+            stale = [weight for weight in moving if weight.has_home and not self.rehomed]
+            for weight in stale:
                 assert weight.resident is not None
                 weight.host.copy_(weight.resident)
+            self._make_homes([weight for weight in moving if not weight.has_home])
             self._settle()
+            left = [(weight.name, weight.resident) for weight in moving if weight.resident is not None]
             for weight in moving:
                 self._point(weight, None)
         self.touch()  # a slot may hold the weight as it was before it was resident
+        _report_held(left)
+
+    def _make_homes(self, weights: Sequence[StoredWeight]) -> None:
+        """Copy weights that have no home yet into blocks."""
+        for places in lay_out_blocks([weight.nbytes for weight in weights]):
+            moving = [(weights[index], offset_bytes) for index, offset_bytes in places]
+            last, last_offset_bytes = moving[-1]
+            block = HostBlock(last_offset_bytes + last.nbytes, self.device)
+            block.fill([(offset_bytes, self._face(weight)) for weight, offset_bytes in moving])
+            for weight, offset_bytes in moving:
+                following = self._following(weight)
+                weight.move_in(block, offset_bytes)
+                for tensor in following if self.rehomed else ():  # the others follow once the device copy goes
+                    look_at(tensor, self._face(weight))
 
     def _device_copy(self, weight: StoredWeight, moving: Sequence[StoredWeight]) -> Tensor:
         try:
@@ -249,13 +301,43 @@ class PageStore:
             ) from error
         return copy.copy_(weight.host, non_blocking=True)
 
+    def _following(self, weight: StoredWeight) -> list[Tensor]:
+        """The tensors that look at the weight now."""
+        return [tensor for tensor in self.tensors_of(weight.name) if self._views(tensor, weight)]
+
     def _point(self, weight: StoredWeight, resident: Tensor | None) -> None:
         """Change where the weight is, and let the tensors that look at it follow."""
-        following = [tensor for tensor in self.tensors_of(weight.name) if self._views(tensor, weight)]
+        following = [] if self.rehomed else self._following(weight)
         weight.resident = resident
         for tensor in following:
             look_at(tensor, weight.current)
-        self._pieces.clear()
+        self._moved()
+
+    def renew_copy(self, name: str) -> None:
+        """Re-homed: copy the weight to the device again if it is resident and has changed. On the caller's stream.
+
+        The caller waits for the device before the model's own code may write the weight.
+        """
+        weight = self.weights[name]
+        if weight.resident is None:
+            return
+        version = self.version([name])
+        if self._copied.get(name) != version:
+            with real_tensors():
+                weight.resident.copy_(weight.host, non_blocking=True)
+            self._copied[name] = version
+
+    def write_back(self, name: str) -> None:
+        """Re-homed: a graph has written the device copy of this weight, so its host memory follows."""
+        weight = self.weights[name]
+        if weight.resident is None:
+            return
+        with real_tensors():
+            weight.host.copy_(weight.resident)
+        for tensor in self.tensors_of(name):
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+        self._copied[name] = self.version([name])
 
     def _settle(self) -> None:
         """Wait for every copy and kernel that may still read or write a weight."""
@@ -285,6 +367,10 @@ class PageStore:
     def resident_pages(self) -> list[str]:
         """Names of the pages that are wholly on the device."""
         return [page.name for page in self.pages if page.weights and all(map(self._is_resident, page.weights))]
+
+    def any_resident(self, page: Page) -> bool:
+        """Whether a part of the page has a device copy."""
+        return any(map(self._is_resident, page.weights))
 
     def _is_resident(self, weight: Weight) -> bool:
         return weight.name in self.weights and self.weights[weight.name].resident is not None
@@ -358,18 +444,6 @@ class _Run:
         return self.offset_bytes, self.first.block.host(self.first.offset_bytes, self.nbytes)
 
 
-def tag_of(tensor: Tensor) -> Tag | None:
-    """The tag of a tensor that looks at a stored weight; None for every other tensor."""
-    tag = getattr(tensor, TAG, None)
-    return tag if isinstance(tag, Tag) and tag.store.holds(tensor) else None
-
-
-def untag(tensor: Tensor) -> None:
-    """Make a tensor an untagged one, wherever it looks."""
-    if hasattr(tensor, TAG):
-        delattr(tensor, TAG)
-
-
 def find_store(tensors: Iterable[Tensor]) -> PageStore | None:
     """The store of the first of these tensors that looks at a stored weight."""
     return next((tag.store for tensor in tensors if (tag := tag_of(tensor)) is not None), None)
@@ -391,22 +465,32 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@contextmanager
-def real_tensors() -> Iterator[None]:
-    """Whoever calls, tensors made here are real and ordinary: no fake mode, no inference mode, no gradients."""
-    with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        yield
+def _free_name(name: str, taken: Container[str]) -> str:
+    numbered = (f"{name}#{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
 
-def look_at(tensor: Tensor, memory: Tensor) -> None:
-    """Let ``tensor`` look at ``memory`` (uint8 ``[bytes of its storage]``) as it looks at its storage now.
+def _report_held(left: list[tuple[str, Tensor]]) -> None:
+    """Say so where device memory does not come free because somebody else holds it. Empties the list.
 
-    Call it under `real_tensors`. An inference tensor stays one: it has no version counter, and ordinary data needs one.
+    Args:
+        left: names of weights, and the device memory that nothing of this package uses any more.
     """
-    with torch.inference_mode(tensor.is_inference()):
-        data = torch.empty(0, dtype=tensor.dtype, device=memory.device)
-        data.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        tensor.data = data
+    held, held_bytes = [], 0
+    while left:
+        name, memory = left.pop()
+        storage = memory.untyped_storage()
+        del memory
+        # 1 is the variable above. Private, but there is no other way to ask; torch's CUDA graph trees ask like this.
+        if storage.nbytes() and torch._C._storage_Use_Count(storage._cdata) > 1:
+            held.append(name)
+            held_bytes += storage.nbytes()
+    if held:
+        logger.warning(
+            "%s bytes of device memory do not come free although their weights were moved to host memory: somebody "
+            "else holds them (%r and %d more). Perhaps another model shares these weights through tensors of its own, "
+            "or a state_dict or a view of them is kept",
+            f"{held_bytes:,}",
+            held[-1],
+            len(held) - 1,
+        )

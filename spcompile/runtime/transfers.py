@@ -7,11 +7,16 @@ long as the model's tensors do; this side only holds it weakly, so compiled code
 An iteration:
 
 * ``begin`` frees what a broken iteration left behind, picks the phase whose slots fit what is already there, and
-  looks whether an argument is still the weight it was (a parameter that was given other memory is used as it is,
-  without a slot).
+  looks whether an argument is still the weight it was. A parameter that was given other memory is used as it is,
+  without a slot. Where one graph serves several layers (a graph break in the loop over them), its pages are bound to
+  the weights that it is called with.
 * ``prefetch`` and ``load`` differ in one thing: a load waits. Both start the copy only if the slot does not hold, or
   is not receiving, the wanted page in its current version.
 * ``evict`` marks the slot as free from here on.
+
+At the end of an iteration the plan prefetches for the next one. That is often another graph of the model: the rest of
+it behind a graph break, the next token after the prompt. Each graph remembers which one came after it last time, and
+works for that one: its first page in place of this graph's first page, and so on.
 
 See [Note: who waits for whom] in ``streams.py``.
 """
@@ -27,9 +32,12 @@ import torch
 from torch import Tensor
 
 from spcompile.errors import OffloadError
-from spcompile.ir import Interval, Plan
+from spcompile.ir import Interval, Page, Plan, Weight
 from spcompile.runtime.arena import Arena, Tenant
 from spcompile.runtime.store import PageStore
+
+Binding = tuple[tuple[int, str], ...]
+"""The pages of a plan that an iteration uses others for: index in the plan, and name of the other one."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,15 @@ class Transfers(torch.nn.Module):
         self.plan = plan
         self.page_inputs = {page: tuple(views) for page, views in page_inputs.items()}
         self.phase = plan.period - 1  # so that the first iteration has phase 0
+        self._phase_ahead = 0
         self.bytes_moved = 0
         self._store = weakref.ref(store)
         store.add_runtime(self)
+        self._pages = plan.pages  # or others, of the same sizes, that an iteration is bound to
+        self._binding: Binding = ()
+        self._next: dict[Binding, tuple[weakref.ref[Transfers], tuple[Page, ...]]] = {}
+        self._n_ahead = 0
+        self._heads = [index for index, interval in enumerate(plan.intervals) if interval.start_step <= 0]
         self._began: Any = None
         self._foreign: dict[int, dict[int, Tensor]] = {}
         self._versions: dict[int, Hashable] = {}
@@ -94,22 +108,53 @@ class Transfers(torch.nn.Module):
         arena.release_all()
         self._held.clear()
         self._began = arena.streams.compute_record()
-        self._foreign = self._find_foreign(store, weights)
+        self._bind(store, weights)
         self._versions = {
-            page: store.version([weight.name for weight in self.plan.pages[page].weights]) for page in self.page_inputs
+            page: store.version([weight.name for weight in self._pages[page].weights]) for page in self.page_inputs
         }
         self.phase = self._fitting_phase(arena)
+        self._remember_order(store)
         self.note("begin", self.phase)
 
     def prefetch(self, interval: int, ahead: int) -> None:
         """See `spcompile.ops.prefetch`."""
-        self._bring("prefetch", interval, (self.phase + ahead) % self.plan.period)
+        reference, pages = self._next.get(self._binding, (None, self._pages)) if ahead else (None, self._pages)
+        following = reference() if reference is not None else self
+        if following is None or (following is self and pages is self._pages):
+            tenant = self._bring("prefetch", interval, (self.phase + ahead) % self.plan.period)
+            tenant.awaited = not ahead
+            return
+        self._wait_for_compute()
+        following.prefetch_head(self._n_ahead, pages)
+        self._n_ahead += 1
+
+    def prefetch_head(self, index: int, pages: tuple[Page, ...]) -> None:
+        """For the graph before this one: start the copy of the ``index``-th page that an iteration starts with.
+
+        Does nothing where that page's place is still in use, or where the page is on the device for another graph,
+        which may be about to write it.
+
+        Args:
+            index: counts the pages that an iteration starts with.
+            pages: what the next iteration will be bound to.
+        """
+        if index >= len(self._heads):
+            return
+        store, interval = self.store, self.plan.intervals[self._heads[index]]
+        self._pages, page = pages, pages[interval.page]
+        if index == 0:
+            self._phase_ahead = self._free_phase(store.arena, interval)
+        slot = self.plan.slots[interval.slots[self._phase_ahead]]
+        if store.arena.is_taken(slot.offset_bytes, slot.nbytes) or store.any_resident(page):
+            return
+        self._versions[interval.page] = store.version([weight.name for weight in page.weights])
+        self._bring("prefetch", self._heads[index], self._phase_ahead)
 
     def load(self, interval: int) -> tuple[Tensor, ...]:
         """See `spcompile.ops.load`. The tensors are views of the slot, in the order of ``page_inputs``."""
         tenant = self._bring("load", interval, self.phase)
         self.store.arena.streams.compute_wait(tenant.ready)
-        tenant.held = True
+        tenant.awaited, tenant.held = False, True
         self._held[interval] = tenant
         weights = self._slot_views(interval)
         foreign = self._foreign.get(self.plan.intervals[interval].page)
@@ -131,7 +176,7 @@ class Transfers(torch.nn.Module):
         store = self.store
         arena = store.arena
         interval = self.plan.intervals[index]
-        page, slot = self.plan.pages[interval.page], self.plan.slots[interval.slots[phase]]
+        page, slot = self._pages[interval.page], self.plan.slots[interval.slots[phase]]
         version = self._versions[interval.page]
         tenant = arena.find(slot.offset_bytes, page.name, version)
         self.note(why, page.name, interval.slots[phase], "copy" if tenant is None else "hit")
@@ -139,9 +184,7 @@ class Transfers(torch.nn.Module):
             return tenant
         for event in arena.claim(slot.offset_bytes, slot.nbytes):
             arena.streams.side_wait(event)
-        if self._began is not None:  # what ran on the compute stream before may have written the weights themselves
-            arena.streams.side_wait(self._began)
-            self._began = None
+        self._wait_for_compute()
         for offset_bytes, source in store.pieces(page):
             start = slot.offset_bytes + offset_bytes
             arena.streams.side_copy(arena.memory[start : start + source.numel()], source)
@@ -150,11 +193,32 @@ class Transfers(torch.nn.Module):
         arena.add(tenant)
         return tenant
 
+    def _wait_for_compute(self) -> None:
+        """What ran on the compute stream before this iteration may have written the weights themselves."""
+        if self._began is not None:
+            self.store.arena.streams.side_wait(self._began)
+            self._began = None
+
+    def _remember_order(self, store: PageStore) -> None:
+        reference, binding = store.latest or (None, ())
+        before = reference() if reference is not None else None
+        if before is not None:
+            before._next[binding] = weakref.ref(self), self._pages
+        store.latest = weakref.ref(self), self._binding
+        self._n_ahead = 0
+
+    def _free_phase(self, arena: Arena, interval: Interval) -> int:
+        """The next phase in which the interval's slot is in nobody's use; just the next one where there is none."""
+        phases = [(self.phase + shift) % self.plan.period for shift in range(1, self.plan.period + 1)]
+        slots = {phase: self.plan.slots[interval.slots[phase]] for phase in phases}
+        free = (phase for phase in phases if not arena.is_taken(slots[phase].offset_bytes, slots[phase].nbytes))
+        return next(free, phases[0])
+
     def _fitting_phase(self, arena: Arena) -> int:
         """The phase whose slots hold most of the pages that the iteration starts with; normally just the next one."""
         period = self.plan.period
         following = (self.phase + 1) % period
-        first = [interval for interval in self.plan.intervals if interval.start_step <= 0]
+        first = [self.plan.intervals[index] for index in self._heads]
 
         def found(phase: int) -> int:
             return sum(self._in_place(arena, interval, phase) for interval in first)
@@ -165,24 +229,47 @@ class Transfers(torch.nn.Module):
 
     def _in_place(self, arena: Arena, interval: Interval, phase: int) -> bool:
         offset_bytes = self.plan.slots[interval.slots[phase]].offset_bytes
-        page = self.plan.pages[interval.page].name
+        page = self._pages[interval.page].name
         return arena.find(offset_bytes, page, self._versions[interval.page]) is not None
 
-    def _find_foreign(self, store: PageStore, weights: Sequence[Tensor]) -> dict[int, dict[int, Tensor]]:
-        """Arguments that are not (or no longer) in the store's memory, by page and place in its tuple.
+    def _bind(self, store: PageStore, weights: Sequence[Tensor]) -> None:
+        """Find arguments that are not the weights of the plan.
 
         A parameter that was replaced, or given other memory through ``.data``, keeps its dtype, shape and device, so
-        nothing recompiles; its page holds an old value. It is used where it is.
+        nothing recompiles; its page holds an old value. It is used where it is. But where all of a page's arguments are
+        weights of the store, the page is another one of the same make.
         """
-        foreign: dict[int, dict[int, Tensor]] = {}
+        self._pages, self._binding, self._foreign = self.plan.pages, (), {}
         arguments = iter(weights)
         for page, views in self.page_inputs.items():
-            for index, view in enumerate(views):
-                argument = next(arguments)
-                expected = store.data_ptr(view.weight) + view.storage_offset * view.dtype.itemsize
-                if argument.data_ptr() != expected and argument.numel():
-                    foreign.setdefault(page, {})[index] = argument
-        return foreign
+            given = [next(arguments) for _ in views]
+            others = {
+                index: argument
+                for index, (view, argument) in enumerate(zip(views, given, strict=True))
+                if argument.data_ptr() != self._address(store, view) and argument.numel()
+            }
+            if others and not self._bind_page(store, page, given):
+                self._foreign[page] = others
+
+    @staticmethod
+    def _address(store: PageStore, view: WeightView) -> int:
+        return store.data_ptr(view.weight) + view.storage_offset * view.dtype.itemsize
+
+    def _bind_page(self, store: PageStore, index: int, arguments: Sequence[Tensor]) -> bool:
+        """Bind a page to the weights that these arguments look at; False where they are not such weights."""
+        page = self.plan.pages[index]
+        names = {weight.name: weight.name for weight in page.weights}
+        for view, argument in zip(self.page_inputs[index], arguments, strict=True):
+            name = store.name_at(argument)
+            if name is None or argument.storage_offset() != view.storage_offset:
+                return False
+            names[view.weight] = name
+        bound = store.page_of(tuple(Weight(names[weight.name], weight.nbytes) for weight in page.weights))
+        if bound is None:
+            return False
+        self._pages = (*self._pages[:index], bound, *self._pages[index + 1 :])
+        self._binding = (*self._binding, (index, bound.name))
+        return True
 
     def _slot_views(self, index: int) -> tuple[Tensor, ...]:
         views = self.store.arena.views.setdefault(self, {})

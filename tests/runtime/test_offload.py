@@ -22,7 +22,9 @@ import spcompile.offload  # the module, whose name the function of the package h
 from spcompile.errors import OffloadError
 from spcompile.ir import Interval, Page, Plan, Slot, Step, Weight
 from spcompile.runtime import host
-from spcompile.runtime.store import TAG, PageStore, StoredWeight, find_store, tag_of
+from spcompile.runtime import host as host_module
+from spcompile.runtime.store import PageStore, find_store
+from spcompile.runtime.weights import TAG, StoredWeight, tag_of
 from tests import models
 
 offload, restore, refresh = spcompile.offload, spcompile.restore, spcompile.refresh
@@ -191,7 +193,7 @@ def test_weights_lie_in_order_at_aligned_places() -> None:
 
 
 def test_blocks_are_closed_before_they_grow_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(host_module, "BLOCK_BYTES", 1000)
     sizes = [100, 100, 100, 500, 20, 300]
     model = nn.ParameterList(torch.rand(size // 4) for size in sizes)
     values = state(model)
@@ -199,7 +201,7 @@ def test_blocks_are_closed_before_they_grow_too_large(monkeypatch: pytest.Monkey
     for weight in stored(offload(model, "cpu")):
         blocks.setdefault(id(weight.block), []).append(weight.nbytes)
     assert list(blocks.values()) == [[100, 100, 100], [500, 20], [300]]
-    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(host_module, "BLOCK_BYTES", 200)
     larger = stored(offload(nn.ParameterList(torch.rand(size // 4) for size in (20, 400, 20)), "cpu"))
     assert len({id(weight.block) for weight in larger}) == 3, "a larger weight has a block of its own"
     assert_same_state(model, values)
@@ -265,7 +267,7 @@ def test_inference_tensors() -> None:
 
 def test_originals_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a block is filled, the weights of the block before it are gone."""
-    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(host_module, "BLOCK_BYTES", 256)
     model = nn.ParameterList(torch.rand(64) for _ in range(4))
     storages: list[Any] = [StorageWeakRef(each.untyped_storage()) for each in model]  # type: ignore[no-untyped-call]
     left: list[int] = []
@@ -584,7 +586,7 @@ def test_a_parameter_class_of_ones_own_is_fine() -> None:
 
 
 def test_running_out_of_host_memory_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(host_module, "BLOCK_BYTES", 512)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
     model[3].weight = model[0].weight
     expected, before, values = model(inputs()), geometry(model), state(model)
@@ -607,7 +609,7 @@ def test_no_weights_at_all() -> None:
     assert find_store(model.parameters()) is None
     restore(model)
     refresh(model)
-    store = PageStore.empty(CPU)
+    store = PageStore(CPU)
     assert store.weight_of(torch.ones(1)) is None
     assert store.device_bytes() == 0
 
@@ -618,7 +620,7 @@ def make_page(model: nn.Module, name: str, prefix: str) -> Page:
 
 
 def test_a_layer_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 1800)
+    monkeypatch.setattr(host_module, "BLOCK_BYTES", 1800)
     model = offload(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4))), "cpu")
     store = store_of(model)
     for index, layer in enumerate(model):

@@ -1,0 +1,258 @@
+"""A CPU model, run on the compute device: its graph and inputs are moved there, its results come back.
+
+Before AOTAutograd, because decompositions depend on the device (attention has an operator for CPUs only):
+`rehome_graph` rewrites Dynamo's graph, `rehome_examples` its example inputs.
+
+    before                                          after
+    arange = torch.arange(7)                        arange = torch.arange(7, device=cuda:0)
+    to = x.to('cpu')                                to = x.to(cuda:0)
+    enter = _enter_autocast('cpu', None, True, ..)  enter = _enter_autocast('cuda', torch.bfloat16, True, ..)
+
+At run time a `RehomedCall` stands around the compiled graph. Weights are read through the page store; they are moved
+into pinned memory at most, and stay CPU tensors. Other inputs go up with each call, except buffers, which stay there
+until they change. What the graph updates in place is written back; outputs, and gradients in backward, come down as CPU
+tensors. An output that is a view of an input becomes a view of the CPU input.
+
+On the emulated device "up" and "down" are copies within host memory, so the same code runs everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import _device_constructors
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from spcompile.runtime.store import PageStore
+from spcompile.runtime.transfers import WeightView
+from spcompile.runtime.weights import real_tensors, storage_key, tag_of
+
+HOST = torch.device("cpu")
+
+# The graph.
+
+
+def rehome_graph(gm: fx.GraphModule, device: torch.device) -> None:
+    """Rewrite a torch-level graph that was captured on the CPU, and the bodies of its higher-order operators, in place.
+
+    Args:
+        gm: Dynamo's graph.
+        device: the compute device.
+    """
+    constructors = _device_constructors()
+    for module in gm.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            _rehome_node(node, device, constructors)
+        module.recompile()
+
+
+def _rehome_node(node: fx.Node, device: torch.device, constructors: Collection[object]) -> None:
+    if node.op not in ("call_function", "call_method"):
+        return
+    if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.args[0] == "cpu":
+            # The dtype that was meant is the CPU's default, which is not CUDA's.
+            dtype = node.args[1] or torch.get_autocast_dtype("cpu")
+            node.args = (device.type, dtype, *node.args[2:])
+        return
+    if node.op == "call_method" and node.target == "cpu":
+        node.target, node.args = "to", (node.args[0], device)
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) and value.type == "cpu" else value
+
+    node.args = fx.node.map_aggregate(node.args, moved)
+    node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+    if node.target == "to" and len(node.args) > 1 and node.args[1] == "cpu":
+        node.update_arg(1, device)
+    if node.kwargs.get("device") == "cpu" or (node.target in constructors and node.kwargs.get("device") is None):
+        node.update_kwarg("device", device)
+
+
+def rehome_examples(gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device) -> list[Any]:
+    """Example inputs for AOTAutograd: fake tensors on the compute device, with Dynamo's own symbolic sizes.
+
+    Inputs that share a storage go on sharing one.
+    """
+    shared: dict[int, list[int]] = {}
+    fakes: list[Any] = list(example_inputs)
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("example_value", example_inputs[index])
+        if isinstance(value, FakeTensor):
+            fakes[index] = value
+            shared.setdefault(storage_key(value), []).append(index)
+    for indices in shared.values():
+        first: FakeTensor = fakes[indices[0]]
+        with first.fake_mode, torch.no_grad():
+            memory = None
+            if len(indices) > 1:
+                memory = torch.empty(first.untyped_storage().nbytes(), dtype=torch.uint8, device=device)
+            for index in indices:
+                fakes[index] = _fake_view(fakes[index], memory, device)
+    return fakes
+
+
+def _fake_view(value: FakeTensor, memory: Tensor | None, device: torch.device) -> Tensor:
+    if memory is None:
+        moved = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+    else:
+        moved = memory.view(value.dtype).as_strided(value.size(), value.stride(), value.storage_offset())
+    return moved.requires_grad_(value.requires_grad)
+
+
+def ambient_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The caller's ``torch.autocast("cpu")``, if there is one, as it is to be traced for the compute device."""
+    if device.type == "cpu" or not torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu"))
+
+
+# The call.
+
+
+class RehomedCall:
+    """What Dynamo calls instead of the compiled graph.
+
+    Args:
+        compiled: the graph, compiled for the compute device.
+        store: where the weights live.
+        weights: per input that is a weight, how it looks at it.
+        static: inputs that belong to the model (buffers) and stay on the device while they do not change.
+        written: inputs that a compiled graph updates in place; may grow as graphs are compiled.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        store: PageStore,
+        weights: Mapping[int, WeightView],
+        static: frozenset[int],
+        written: set[int],
+    ) -> None:
+        self.compiled = compiled
+        self.store = store
+        self.weights = weights
+        self.static = static
+        self.written = written
+        self.views: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self.buffers: Any = WeakTensorKeyDictionary()
+
+    def __call__(self, *args: Any) -> Any:
+        with self.store.lock:
+            return self._call(args)
+
+    def _call(self, args: Sequence[Any]) -> Any:
+        uploads = {index: self._up(index, value) for index, value in enumerate(args) if isinstance(value, Tensor)}
+        inputs = [uploads.get(index, value) for index, value in enumerate(args)]
+        versions = {index: tensor._version for index, tensor in uploads.items()}
+        if torch.is_grad_enabled():
+            _attach_gradients(args, inputs, uploads)
+        outputs = self.compiled(*inputs)
+        self._write_back(args, inputs, uploads, versions)
+        origins = {storage_key(tensor): (args[index], tensor) for index, tensor in uploads.items()}
+        results = [_down(output, origins) if isinstance(output, Tensor) else output for output in outputs]
+        self.settle()
+        return results
+
+    def settle(self) -> None:
+        """Wait until nothing reads the model's memory any more: from here on its owner may write it."""
+        if self.store.device.type == "cuda":
+            torch.cuda.current_stream(self.store.device).synchronize()
+
+    def _up(self, index: int, value: Tensor) -> Tensor:
+        weight = self._weight(index, value)
+        return self._copy(index, value) if weight is None else weight
+
+    def _weight(self, index: int, value: Tensor) -> Tensor | None:
+        """The weight as the device sees it; None where the input is no weight, or has been given other memory."""
+        tag = tag_of(value) if index in self.weights else None
+        if tag is None or tag.store is not self.store:
+            return None
+        view, weight = self.weights[index], self.store.weights[tag.name]
+        if (
+            weight.resident is None and not weight.has_home
+        ):  # no plan has placed it: the graph is called for more layers
+            self.store.make_offloaded([tag.name])
+        self.store.renew_copy(tag.name)
+        key = index, tag.name
+        if key not in self.views or self.views[key][0] is not weight.current:
+            with real_tensors():
+                self.views[key] = weight.current, view.of(weight.current)
+        return self.views[key][1]
+
+    def _copy(self, index: int, value: Tensor) -> Tensor:
+        """An input on the device: a fresh copy, or that of a buffer that has not changed."""
+        with real_tensors():
+            if index not in self.static or value.is_inference():
+                return _upload(value, self.store.device)
+            known: tuple[Hashable, Tensor | None] = self.buffers.get(value, (None, None))
+            version, copy = known
+            if copy is None or version != self._version(value):
+                copy = _upload(value, self.store.device)
+                self.buffers[value] = self._version(value), copy
+            return copy
+
+    def _version(self, buffer: Tensor) -> Hashable:
+        return buffer._version, buffer.data_ptr(), self.store.generation
+
+    def _write_back(
+        self, args: Sequence[Any], inputs: Sequence[Any], uploads: Mapping[int, Tensor], versions: Mapping[int, int]
+    ) -> None:
+        for index, tensor in uploads.items():
+            if index not in self.written and tensor._version == versions[index]:
+                continue
+            tag = tag_of(args[index])
+            if tag is not None and tag.store is self.store and index in self.weights:
+                self.store.write_back(tag.name)
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and inputs[index].requires_grad):
+                args[index].copy_(inputs[index])
+            if args[index] in self.buffers:
+                self.buffers[args[index]] = self._version(args[index]), tensor
+
+
+def _upload(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device with the same strides, of exactly the stretch of memory that the tensor covers."""
+    if not value.numel():
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(value.size(), value.stride(), strict=True))
+    stretch = value.detach().as_strided((reach,), (1,)).to(device, copy=True)
+    return stretch.as_strided(value.size(), value.stride(), 0)
+
+
+def _down(output: Tensor, origins: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """An output as a CPU tensor. ``origins``: by storage, the CPU input behind an input on the device."""
+    original, uploaded = origins.get(storage_key(output), (None, output))
+    if original is None or original.dtype != output.dtype:
+        return output.to(HOST)
+    offset = output.storage_offset() - uploaded.storage_offset() + original.storage_offset()
+    return original.as_strided(output.size(), output.stride(), offset)
+
+
+def _attach_gradients(args: Sequence[Any], inputs: list[Any], uploads: Mapping[int, Tensor]) -> None:
+    """Tie the inputs on the device to those on the CPU, so that gradients flow back to these."""
+    tied = [index for index in uploads if args[index].requires_grad]
+    if not tied:
+        return
+    for index, tensor in zip(tied, _Up.apply(*(args[i] for i in tied), *(uploads[i] for i in tied)), strict=True):  # type: ignore[no-untyped-call]
+        inputs[index] = tensor
+
+
+class _Up(torch.autograd.Function):
+    """Up in forward (the copies are made already), down in backward."""
+
+    @staticmethod
+    def forward(_ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach() for tensor in tensors[len(tensors) // 2 :])
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        down = [gradient if gradient is None else gradient.to(HOST) for gradient in gradients]
+        return *down, *(None for _ in gradients)
