@@ -133,10 +133,8 @@ def _extract(
         inner[node] = graph.create_node(node.op, node.target, args, kwargs)
         inner[node].meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
     graph.output(tuple(inner[node] for node in outputs))
-    segment = fx.GraphModule(root, graph, "Segment")
     graph.set_codegen(_BoxedCodeGen())
-    segment.recompile()
-    return segment
+    return fx.GraphModule(root, graph, "Segment")
 
 
 def _is_subgraph(node: fx.Node) -> bool:

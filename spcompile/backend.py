@@ -30,7 +30,7 @@ from spcompile.runtime.emulated import run_emulated
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.streams import EmulatedStreams
 from spcompile.runtime.transfers import Transfers, WeightView
-from spcompile.segments import compile_segments
+from spcompile.segments import compile_segments, warm_up_inductor
 from spcompile.text import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,10 @@ def superpipeline(
         BackendError: (a ValueError) an option is wrong, or the model cannot be run as it stands.
     """
     try:
-        return _Compiler(gm, example_inputs, parse_options(options, mode)).compile()
+        checked = parse_options(options, mode)
+        if checked.compiler == "inductor":
+            warm_up_inductor()
+        return _Compiler(gm, example_inputs, checked).compile()
     except SuperpipelineError as error:
         raise BackendError(str(error), first_useful_frame=sys._getframe()) from error
 
@@ -69,7 +72,7 @@ class _Compiler:
         if store.rehomed:
             rehome_graph(gm, store.device)
             traced_inputs = rehome_examples(gm, example_inputs, store.device)
-        self.capture = Capture(gm, example_inputs, options, store.weight_of, store.model_order(), traced_inputs)
+        self.capture = Capture(gm, example_inputs, options, store.weight_of, store.model_weights(), traced_inputs)
         self.placements: list[Plan] = []
         self.segments: dict[str, torch.nn.Module] = {}
         self.traced = False

@@ -8,7 +8,7 @@ that input's example is the model's own parameter, and its storage is the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.virtualized import V
 
 from spcompile.graph import activation_bound_bytes, memory_roots, written_inputs
-from spcompile.ir import Weight
+from spcompile.ir import Page, Weight
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.options import Options
 from spcompile.partition import partition
@@ -42,7 +42,7 @@ class Capture:
         example_inputs: its inputs as they are at capture; parameters are the model's own.
         options: what the user asked for.
         weight_of: the weight that an example input looks at, given its path; None where it is no weight.
-        model_order: place of each weight, by name, in the order of the model's parameters.
+        model_weights: all weights of the model, in the order of its parameters.
         traced_inputs: what AOTAutograd traces with instead of ``example_inputs`` (a re-homed model's stand-ins).
     """
 
@@ -52,14 +52,14 @@ class Capture:
         example_inputs: Sequence[Any],
         options: Options,
         weight_of: Callable[[Tensor, str], Weight | None],
-        model_order: Mapping[str, int],
+        model_weights: Sequence[Weight],
         traced_inputs: Sequence[Any] | None = None,
     ) -> None:
         self.gm = gm
         self.traced_inputs = example_inputs if traced_inputs is None else traced_inputs
         self.example_inputs = example_inputs
         self.options = options
-        self.model_order = model_order
+        self.model_weights = model_weights
         self.weights: dict[int, WeightInput] = {}
         self.written: set[int] = set()  # indices of the inputs that a graph updates in place
         for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
@@ -100,21 +100,34 @@ class Capture:
         paths = {index: module_path(node) for index, node in enumerate(nodes) if index not in self.weights}
         return frozenset(index for index, path in paths.items() if path.startswith(("L['self'].", "G[")))
 
-    def program(self, module: fx.GraphModule, *, device: torch.device, wraps: bool, store: PageStore | None) -> Program:
-        """What the passes need to know of one ATen graph. ``store`` is None for a model that is not offloaded."""
+    def program(
+        self,
+        module: fx.GraphModule,
+        *,
+        device: torch.device,
+        wraps: bool,
+        store: PageStore | None,
+        free_bytes: int | None = None,
+    ) -> Program:
+        """What the passes need to know of one ATen graph.
+
+        ``store`` is None for a model that is not offloaded, ``free_bytes`` where the device is here and can be asked.
+        """
         weights = {}
         for node in module.graph.find_nodes(op="placeholder"):
             index = input_index(node)
             if index is not None and index in self.weights:
                 weights[node.name] = self.weights[index]
         self.written.update(_written_indices(module.graph))
-        program = Program(module, weights, self.options, str(device), wraps, self.model_order)
-        free_bytes = free_device_bytes(device)
+        model_order = {weight.name: index for index, weight in enumerate(self.model_weights)}
+        program = Program(module, weights, self.options, str(device), wraps, model_order)
+        free_bytes = free_device_bytes(device) if free_bytes is None else free_bytes
         if store is not None:
             program.known_pages = tuple(store.pages)
             program.known_residents = frozenset(store.resident_pages())
-            program.elsewhere_pages = _elsewhere_pages(store, {each.weight.name for each in weights.values()})
             free_bytes += store.device_bytes()  # what is placed already can be placed again
+        read = {each.weight for each in weights.values()}
+        program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read)
         program.activations_bytes = activation_bound_bytes(module.graph)
         program.capacity_bytes = max(0, int(free_bytes * (1 - MARGIN_FRACTION)) - program.activations_bytes)
         return program
@@ -129,16 +142,16 @@ def _written_indices(graph: fx.Graph) -> Iterator[int]:
                 yield index
 
 
-def _elsewhere_pages(store: PageStore, read: Set[str]) -> int:
+def _elsewhere_pages(known_pages: Sequence[Page], model_weights: Sequence[Weight], read: Set[Weight]) -> int:
     """How many pages the weights make that a graph does not read: those of other graphs, and an estimate of those that
     no graph has read so far (one for each layer, and one for what lies outside unless it is small)."""
-    page_of = {weight.name: page.name for page in store.pages for weight in page.weights}
-    others = set(page_of.values()) - {page_of[name] for name in read if name in page_of}
-    unread = [weight for name, weight in store.weights.items() if name not in page_of and name not in read]
-    layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in store.weights.values())
+    page_of = {weight: page for page in known_pages for weight in page.weights}
+    others = set(page_of.values()) - {page_of[weight] for weight in read if weight in page_of}
+    unread = [weight for weight in model_weights if weight not in page_of and weight not in read]
+    layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in model_weights)
     layers = {layer_of(weight.name, layer_paths) for weight in unread}
     outside_bytes = sum(weight.nbytes for weight in unread if layer_of(weight.name, layer_paths) is None)
-    has_outside = outside_bytes * LEFTOVER_FRACTION > max((page.nbytes for page in store.pages), default=0)
+    has_outside = outside_bytes * LEFTOVER_FRACTION > max((weight.nbytes for weight in model_weights), default=0)
     return len(others) + len(layers - {None}) + has_outside
 
 

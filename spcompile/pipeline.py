@@ -46,6 +46,8 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
         if not program.options.verify:
             continue
         if program.plan is not None and not planned_before:
-            raise_if_any("the plan", format_plan(program.plan).splitlines(), verify_plan(program.plan))
+            violations = verify_plan(program.plan)
+            if violations:  # the text of a plan takes as long as checking it
+                raise_if_any("the plan", format_plan(program.plan).splitlines(), violations)
         names = {name: source.weight.name for name, source in program.weights.items()}
         check_graph(program.module, program.plan, names, after=each.name, final=each is PASSES[-1])

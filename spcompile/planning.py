@@ -2,30 +2,39 @@
 
 Dynamo captures the model on its example inputs exactly as torch.compile would, the passes go as far as the plan, and
 nothing is compiled, moved or executed. With graph breaks the pieces before the last one have to run (eagerly) for
-Dynamo to get further; the plan returned is then that of the piece with most weights.
+Dynamo to get further, and each piece has a plan of its own.
+
+Neither the model's values nor the GPU have to be here; see ``absent``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from spcompile.absent import ABSENT_GPU_BYTES, is_absent, rehome_for_absent_gpu, stand_in_inputs, stand_ins
 from spcompile.capture import Capture, storage_weights
 from spcompile.errors import OptionError
-from spcompile.ir import Plan
+from spcompile.ir import Plan, Plans
 from spcompile.options import Options, parse_options
+from spcompile.passes.base import Program
 from spcompile.passes.make_schedule import make_schedule
 from spcompile.pipeline import PASSES, run_passes
+from spcompile.rehome import ambient_autocast, rehome_examples, rehome_graph
 from spcompile.runtime.host import compute_device
 from spcompile.runtime.store import PageStore, find_store
+from spcompile.text import format_bytes
 
 logger = logging.getLogger(__name__)
+
+PLANNING_PASSES = PASSES[: 1 + [each.run for each in PASSES].index(make_schedule)]
 
 
 class _Stop(BaseException):
@@ -41,68 +50,101 @@ def plan(
     m: int | None = None,
     device: str | None = None,
     compiler: str = "inductor",
-) -> Plan:
+) -> Plan | Any:
     """The plan of a model.
 
     Plans what a call at this place would compile: inside ``torch.no_grad()`` the inference graph, outside it, where
     parameters require gradients, the forward graph of training.
 
+    The model may be on the meta device, and its inputs too: then it must be one graph. With ``device="cuda"`` on a
+    machine without CUDA the plan is for one GPU of 80 GB, and autocast around the call must be that of the CPU
+    (``torch.autocast("cpu")``), as torch then switches CUDA's off; ``absent`` lists what else may differ.
+
     Args:
         model: a module, offloaded or not; or what torch.compile returned for one: without further arguments the plan
-            in force after its last compilation is returned.
+            in force is returned.
         args, kwargs: example inputs, as for calling the model.
         k, m, device, compiler: as in torch.compile's ``options``.
 
     Returns:
-        The plan of the captured graph; of the one with most weights where graph breaks make several.
+        The plan of the captured graph; `Plans`, a tuple in order of capture, where there are several graphs. (The
+        annotation says Any for the latter, so that nobody has to tell a type checker that the model is one graph.)
 
     Raises:
-        OptionError: an option is wrong, or inputs are missing and no plan is in force.
+        OptionError: an option is wrong, inputs are missing and no plan is in force, or a model without values has
+            graph breaks.
     """
     options = parse_options({"k": k, "m": m, "device": device, "compiler": compiler})
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, torch.nn.Module):
         raise OptionError(f"plan needs a torch.nn.Module or what torch.compile made of one, not {type(model).__name__}")
     if not args and not kwargs:
-        return _plan_in_force(inner)
-    planner = _Planner(inner, options)
-    plans = planner.capture(tuple(args), dict(kwargs or {}))
-    if not plans:
+        return _plans_in_force(inner)
+    programs = capture_programs(inner, tuple(args), dict(kwargs or {}), options)
+    return _one_or_all([program.planned() for program in programs])
+
+
+def capture_programs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> list[Program]:
+    """The ATen graphs of one call, each with its plan, not yet cut into segments.
+
+    Raises:
+        OptionError: see `plan`.
+    """
+    planner = _Planner(model, options)
+    with stand_ins(model) as made:
+        args, kwargs = stand_in_inputs(made, (args, kwargs))
+        programs = planner.capture(args, kwargs, may_run=not made.tensors)
+    if not programs:
         raise OptionError(
             "nothing of the model was captured: Dynamo broke the graph everywhere (see TORCH_LOGS=graph_breaks)"
         )
-    if len(plans) > 1:
-        logger.warning("the model has %d graphs; this is the plan of the one with most weights", len(plans))
-    return max(plans, key=lambda each: each.weights_bytes)
+    return programs
 
 
-def _plan_in_force(model: torch.nn.Module) -> Plan:
+def _plans_in_force(model: nn.Module) -> Plan | Plans:
     store = find_store(model.parameters())
     runtimes = store.runtimes() if store is not None else []
     if not runtimes:
         raise OptionError("no plan is in force: run the compiled model once, or give example inputs as args and kwargs")
-    plan_in_force: Plan = runtimes[-1].plan
-    return plan_in_force
+    return _one_or_all([runtime.plan for runtime in runtimes])
+
+
+def _one_or_all(plans: Sequence[Plan]) -> Plan | Plans:
+    return plans[0] if len(plans) == 1 else Plans(plans)
 
 
 class _Planner:
     """A backend of torch.compile that plans and compiles nothing."""
 
-    def __init__(self, model: torch.nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Options) -> None:
         self.model = model
         self.options = options
-        self.plans: list[Plan] = []
+        self.programs: list[Program] = []
         self.whole = True
 
-    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Plan]:
-        """Plan every graph that Dynamo makes of one call."""
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, may_run: bool) -> list[Program]:
+        """Plan every graph that Dynamo makes of one call.
+
+        Args:
+            args, kwargs: the call.
+            may_run: whether the model has values, so that pieces of it can run to find the next ones.
+        """
         try:
             self._call(args, kwargs, fullgraph=True)
-        except torch._dynamo.exc.Unsupported:
-            self.plans.clear()
+        except torch._dynamo.exc.Unsupported as error:
+            if not may_run:
+                reason = str(error).strip().partition("\n")[0]
+                raise OptionError(
+                    "a model on the meta device can be planned only if it is one graph, and this one breaks "
+                    f"({reason}): its pieces would have to run, and it has no values. TORCH_LOGS=graph_breaks shows "
+                    "where: remove the break, or plan a model with values"
+                ) from error
+            self.programs.clear()
             self.whole = False
             self._call(args, kwargs, fullgraph=False)
-        return self.plans
+        return self.programs
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, fullgraph: bool) -> None:
         # Where torch can, without counting against the model's own recompile limit.
@@ -112,31 +154,73 @@ class _Planner:
             compiled(*args, **kwargs)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        store = find_store(value for value in example_inputs if isinstance(value, Tensor))
+        tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+        store = find_store(tensors)
+        device = self._device(store, tensors)
+        if is_absent(device):
+            store = None  # it knows of another device
+        piece: fx.GraphModule = gm
+        traced_inputs: Sequence[Any] = example_inputs
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in tensors):
+            if not self.whole:
+                piece = copy.deepcopy(gm)  # this runs, on the CPU; the other is re-homed and planned
+            traced_inputs, context = _rehome(gm, example_inputs, device)
         if store is None:
             weights = storage_weights(self.model)
-            order = {weight.name: index for index, weight in enumerate(weights.values())}
             capture = Capture(
-                gm, example_inputs, self.options, lambda tensor, _: weights.get(tensor.untyped_storage()._cdata), order
+                gm,
+                example_inputs,
+                self.options,
+                lambda tensor, _: weights.get(tensor.untyped_storage()._cdata),
+                list(weights.values()),
+                traced_inputs,
             )
         else:
-            capture = Capture(gm, example_inputs, self.options, store.weight_of, store.model_order())
+            capture = Capture(gm, example_inputs, self.options, store.weight_of, store.model_weights(), traced_inputs)
 
         def compile_graph(module: fx.GraphModule, wraps: bool) -> Callable[..., Any]:
-            program = capture.program(module, device=self._device(store), wraps=wraps, store=store)
-            run_passes(program, PASSES[: 1 + [each.run for each in PASSES].index(make_schedule)])
-            self.plans.append(program.planned())
+            free_bytes = _absent_bytes(device) if is_absent(device) else None
+            program = capture.program(module, device=device, wraps=wraps, store=store, free_bytes=free_bytes)
+            run_passes(program, PLANNING_PASSES)
+            self.programs.append(program)
             if self.whole:
                 raise _Stop
             return _not_run
 
-        capture.trace(compile_graph)
-        return gm.forward
+        with context:
+            capture.trace(compile_graph)
+        return piece.forward
 
-    def _device(self, store: PageStore | None) -> torch.device:
+    def _device(self, store: PageStore | None, tensors: Sequence[Tensor]) -> torch.device:
+        """Where the graph would compute."""
+        asked = torch.device(self.options.device or "cpu")
+        if is_absent(asked):
+            return torch.device("cuda", asked.index or 0)
         if store is not None:
             return store.device
-        return compute_device(self.options.device)
+        present = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
+        return present or compute_device(self.options.device)
+
+
+def _rehome(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device
+) -> tuple[Sequence[Any], contextlib.AbstractContextManager[Any]]:
+    """Rewrite a graph that was captured on the CPU for the compute device; see ``rehome`` and ``absent``.
+
+    Returns:
+        What to trace it with instead of ``example_inputs``, and the context to trace it in.
+    """
+    if is_absent(device):
+        rehome_for_absent_gpu(gm)
+        return example_inputs, contextlib.nullcontext()
+    rehome_graph(gm, device)
+    return rehome_examples(gm, example_inputs, device), ambient_autocast(device)
+
+
+def _absent_bytes(device: torch.device) -> int:
+    logger.warning("no CUDA device here: planning for a %s with %s", device, format_bytes(ABSENT_GPU_BYTES))
+    return ABSENT_GPU_BYTES
 
 
 def _not_run(_args: list[Any]) -> Any:

@@ -23,6 +23,11 @@ from spcompile.graph import tensors_of, value_of
 BoxedCallable = Callable[[list[Any]], Any]
 
 
+INDUCTOR_OPTIONS = {"config_patches": {"size_asserts": False, "alignment_asserts": False}}
+"""What a segment's code need not check with each call, because the split has: that inputs have the sizes that they were
+compiled for. A call costs 11.6 us with these checks and 2.0 without (design.md, decisions)."""
+
+
 class CompiledSegment(torch.nn.Module):
     """What a segment call runs: takes the list that ``pack`` made, empties it, returns a tuple."""
 
@@ -30,8 +35,19 @@ class CompiledSegment(torch.nn.Module):
         super().__init__()
         self.call = call
 
+    def __call__(self, values: list[Any]) -> Any:
+        """Without a module's hooks, which nobody can set here and which cost more than some segments."""
+        return self.forward(values)
+
     def forward(self, values: list[Any]) -> Any:
         return self.call(values)
+
+
+def warm_up_inductor() -> None:
+    """Start Inductor's worker processes, which take seconds to come up; they do so while the graph is still traced."""
+    from torch._inductor.async_compile import maybe_warm_pool  # slow to import; only needed once compiling
+
+    maybe_warm_pool()
 
 
 def compile_segments(
@@ -111,7 +127,9 @@ def _compile_with_inductor(segment: fx.GraphModule) -> BoxedCallable:
     segment.recompile()
     inputs: list[Any] = [value_of(node) for node in segment.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
-        artifact = torch._inductor.standalone_compile(segment, inputs, dynamic_shapes="from_tracing_context")
+        artifact = torch._inductor.standalone_compile(
+            segment, inputs, dynamic_shapes="from_tracing_context", options=INDUCTOR_OPTIONS
+        )
 
     def call(values: list[Any]) -> Any:
         arguments = tuple(values)

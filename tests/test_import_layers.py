@@ -31,8 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.structure",),
     ("passes.*",),
     ("segments", "runtime.*"),
-    ("capture", "rehome"),
-    ("pipeline", "offload", "arrival"),
+    ("capture", "rehome", "cuda_attention"),
+    ("pipeline", "offload", "arrival", "absent"),
     ("backend",),
     ("planning", "explain"),
     ("spcompile",),  # the package's own __init__, which collects the interface

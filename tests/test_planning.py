@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import spcompile
-from spcompile.ir import Plan
+from spcompile.ir import Plan, Plans
 from spcompile.runtime.store import find_store
 from tests.running import compile_offloaded
 
@@ -53,6 +52,17 @@ class Broken(Stack):
             x = torch.tanh(layer(x))
         torch._dynamo.graph_break()
         return torch.tanh(x) * 2
+
+
+class Breaking(Stack):
+    """The graph breaks in front of the last layer."""
+
+    def forward(self, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        x = self.embed(tokens) * scale
+        for index in range(3):
+            x = torch.tanh(self.layers[index](x))
+        torch._dynamo.graph_break()
+        return torch.tanh(self.layers[3](x))
 
 
 class Noting(Stack):
@@ -189,12 +199,33 @@ def test_another_graph_of_the_model_keeps_the_pages() -> None:
     assert run.plan.k == 2
 
 
-def test_the_plan_of_the_largest_graph(caplog: pytest.LogCaptureFixture) -> None:
-    model = Broken()
-    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="spcompile"):
-        plan = spcompile.plan(model, (tokens(),), k=2, m=1)
-    assert "the model has 2 graphs; this is the plan of the one with most weights" in caplog.text
-    assert [layer.name for layer in plan.layers] == [f"layers.{index}" for index in range(4)]
+def test_graph_breaks_make_several_plans() -> None:
+    model = Breaking()
+    with torch.no_grad():
+        plans = spcompile.plan(model, (tokens(),), k=2, m=1)
+        run = compile_offloaded(model, k=2, m=1)
+        run.model(tokens())
+    assert isinstance(plans, Plans)
+    assert [len(plan.pages) for plan in plans] == [4, 1]
+    assert [layer.name for layer in plans[0].layers] == LAYERS[:3]
+    assert [page for plan in plans for page in plan.pages] == list(plans.pages)
+    in_force = spcompile.plan(run.model)
+    assert isinstance(in_force, Plans)
+    assert [len(plan.pages) for plan in in_force] == [len(plan.pages) for plan in plans]
+
+
+def test_a_second_graph_of_the_model_makes_several_plans_in_force() -> None:
+    run = compile_offloaded(Stack(), k=2, m=1)
+    with torch.no_grad():
+        run.model(tokens(3))
+        first = spcompile.plan(run.model)
+        run.model(tokens(5))
+    plans = spcompile.plan(run.model)
+    assert isinstance(first, Plan)
+    assert isinstance(plans, Plans)
+    assert plans == tuple(runtime.plan for runtime in run.store.runtimes())
+    assert len(plans) == 2
+    assert plans[0] == first
 
 
 @pytest.mark.skipif(

@@ -184,9 +184,9 @@ class PageStore:
             return None
         return Weight(tag.name, self.weights[tag.name].nbytes)
 
-    def model_order(self) -> dict[str, int]:
-        """Place of each weight in the order of the model's parameters, which is their order in host memory."""
-        return {name: index for index, name in enumerate(self.weights)}
+    def model_weights(self) -> list[Weight]:
+        """All weights, in the order of the model's parameters, which is their order in host memory."""
+        return [Weight(weight.name, weight.nbytes) for weight in self.weights.values()]
 
     def _face(self, weight: StoredWeight) -> Tensor:
         """The memory that the model's tensors look at."""
