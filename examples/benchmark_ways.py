@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def milliseconds(call: Callable[[], object]) -> float:
     return float(start.elapsed_time(end))
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each call, measured in turns, in runs of five back-to-back iterations."""
 
     def five(call: Callable[[], object]) -> Callable[[], object]:

@@ -5,25 +5,28 @@ has three
 or four distinct ones; its first call costs what those cost (design.md, decision 4). The key of a segment is its text:
 operators, arguments, constants, and shape, stride, dtype and device of every input.
 
-Segments are compiled by `torch._inductor.standalone_compile` (it keeps the strides that tracing recorded for the
-outputs, which the next segment was compiled for; takes symbolic shapes; and runs the passes that lower dropout), or
-run as they are.
+Segments are compiled by Inductor's `compile_fx` (it keeps the strides that tracing recorded for the outputs, which the
+next segment was compiled for; takes symbolic shapes; and runs the passes that lower dropout), or run as they are. What
+`compile_fx` returns checks and wraps its arguments for autograd, aliasing and mutation. The split has settled all of
+that, so a segment calls the generated code inside directly - except where an output is a view of an input, which those
+wrappers take care of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
 
-from spcompile.graph import tensors_of, value_of
+from spcompile.graph import memory_roots, tensors_of, value_of
 
 BoxedCallable = Callable[[list[Any]], Any]
 
 
-INDUCTOR_OPTIONS = {"config_patches": {"size_asserts": False, "alignment_asserts": False}}
+INDUCTOR_CONFIG = {"size_asserts": False, "alignment_asserts": False}
 """What a segment's code need not check with each call, because the split has: that inputs have the sizes that they were
 compiled for. A call costs 11.6 us with these checks and 2.0 without (design.md, decisions)."""
 
@@ -123,17 +126,40 @@ def _boxed_interpreter(segment: fx.GraphModule) -> BoxedCallable:
 
 
 def _compile_with_inductor(segment: fx.GraphModule) -> BoxedCallable:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # slow to import; only needed once compiling
+
     segment.graph.set_codegen(fx.graph.CodeGen())  # Inductor calls it with plain arguments
     segment.recompile()
     inputs: list[Any] = [value_of(node) for node in segment.graph.find_nodes(op="placeholder")]
-    with torch.no_grad():
-        artifact = torch._inductor.standalone_compile(
-            segment, inputs, dynamic_shapes="from_tracing_context", options=INDUCTOR_OPTIONS
-        )
+    is_plain = not _returns_views_of_inputs(segment.graph)
+    generated: list[BoxedCallable] = []
+
+    def compile_inner(module: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
+        code = compile_fx_inner(module, examples, **kwargs)
+        if len(examples) == len(inputs):
+            generated.append(code)
+        return code
+
+    # Without AOTAutograd's cache, which would return its wrappers and never ask for the code inside. Inductor's own
+    # cache, of generated code, stays.
+    with (
+        torch.no_grad(),
+        tracing(TracingContext(TracingContext.get().fake_mode)),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        wrapped: Any = compile_fx(segment, inputs, inner_compile=compile_inner, config_patches=INDUCTOR_CONFIG)
+    if is_plain and len(generated) == 1:
+        return generated[0]
 
     def call(values: list[Any]) -> Any:
         arguments = tuple(values)
         values.clear()
-        return artifact(*arguments)
+        return wrapped(*arguments)
 
     return call
+
+
+def _returns_views_of_inputs(graph: fx.Graph) -> bool:
+    roots = memory_roots(graph.nodes)
+    outputs = graph.output_node().all_input_nodes
+    return any(root.op == "placeholder" for node in outputs for root in roots[node])
