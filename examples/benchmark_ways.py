@@ -9,8 +9,8 @@ Each part runs in a process of its own:
 * *offload*: ``spcompile.offload`` of a model in ordinary host memory: rate, growth and peak of the process's host
   memory, device memory;
 * *resident*: one token with every page resident, in turns with the ordinary compiler;
-* *ways*: a model on the GPU with half of its pages evicted; one token streamed (k=2, m=1) for an offloaded model, another
-  (k, m) of it, and the same for a model on the CPU;
+* *ways*: a model on the GPU with half of its pages evicted; one token streamed (k=2, m=1) for an offloaded model,
+  another (k, m) of it, and the same for a model on the CPU;
 * *generate*: ``generate()`` with a static cache, k=2, m=1, per token, against the floor.
 
 Times are medians; whatever is compared is measured in turns in one process, the first calls excepted.

@@ -57,6 +57,26 @@ def find_or_make_store(gm: fx.GraphModule, example_inputs: Sequence[Any], option
     return store
 
 
+def take_in_caller(arguments: Sequence[Tensor], options: Options) -> PageStore | None:
+    """A store for the model that is being called, whose graph was compiled for another model; None where the model is
+    not found, or its weights cannot be taken in.
+
+    Args:
+        arguments: the weights that the graph is called with.
+        options: those that the graph was compiled with.
+    """
+    held = next((tag for tag in map(tag_of, arguments) if tag is not None), None)
+    if held is not None:
+        return held.store
+    weights = [each for each in arguments if isinstance(each, nn.Parameter) and what_is_special(each) is None]
+    named = _named_parameters(weights)
+    if not named or len({weight.device for weight in weights}) > 1:
+        return None
+    store = _new_store(weights, options)
+    _take_in(store, named, weights[0].device)
+    return store
+
+
 def _new_store(weights: Sequence[nn.Parameter], options: Options) -> PageStore:
     devices = sorted({str(weight.device) for weight in weights})
     if len(devices) > 1:
@@ -67,9 +87,9 @@ def _new_store(weights: Sequence[nn.Parameter], options: Options) -> PageStore:
     device = weights[0].device
     if device.type == "cuda":
         _check_device(options, device, "on")
-        return PageStore(device)
+        return PageStore(device, takes_in=True)
     # On the CPU and asked for "cpu": the model is on the (emulated) compute device already.
-    return PageStore(compute_device(options.device), rehomed=options.device != "cpu")
+    return PageStore(compute_device(options.device), rehomed=options.device != "cpu", takes_in=True)
 
 
 def _refuse_special(store: PageStore, parameters: Sequence[Tensor]) -> None:

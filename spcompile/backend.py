@@ -7,6 +7,7 @@ planned, and a runtime behind its transfer nodes. The outer graph that is printe
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,21 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import ShortenTraceback
-from torch.fx.graph import _BoxedCodeGen
 
-from spcompile.arrival import find_or_make_store
+from spcompile.arrival import find_or_make_store, take_in_caller
 from spcompile.capture import Capture
 from spcompile.errors import SuperpipelineError
 from spcompile.ir import Plan
 from spcompile.options import Options, parse_options
 from spcompile.passes.base import Program
-from spcompile.passes.insert_transfers import RUNTIME
 from spcompile.pipeline import run_passes
 from spcompile.rehome import RehomedCall, ambient_autocast, rehome_examples, rehome_graph
-from spcompile.runtime.emulated import run_emulated
-from spcompile.runtime.store import PageStore
-from spcompile.runtime.streams import EmulatedStreams
-from spcompile.runtime.transfers import Transfers, WeightView
+from spcompile.runtime.compiled_graph import CompiledGraph
+from spcompile.runtime.transfers import WeightView
 from spcompile.segments import compile_segments, warm_up_inductor
 from spcompile.text import format_bytes
 
@@ -73,6 +70,8 @@ class _Compiler:
             rehome_graph(gm, store.device)
             traced_inputs = rehome_examples(gm, example_inputs, store.device)
         self.capture = Capture(gm, example_inputs, options, store.weight_of, store.model_weights(), traced_inputs)
+        self.find_store = functools.partial(take_in_caller, options=options)
+        self.graphs: list[CompiledGraph] = []
         self.placements: list[Plan] = []
         self.segments: dict[str, torch.nn.Module] = {}
         self.traced = False
@@ -92,7 +91,9 @@ class _Compiler:
         weights = {
             index: _view_of(each.weight.name, capture.example_inputs[index]) for index, each in capture.weights.items()
         }
-        return RehomedCall(compiled, self.store, weights, capture.owned_by_model(), capture.written)
+        return RehomedCall(
+            compiled, self.store, weights, capture.owned_by_model(), capture.written, self.graphs, self.find_store
+        )
 
     def _compile_graph(self, module: fx.GraphModule, wraps: bool) -> BoxedCallable:
         store = self.store
@@ -100,15 +101,20 @@ class _Compiler:
         views = self._weight_views(program)
         run_passes(program)
         plan = program.planned()
-        store.add_pages(plan.pages)
         compile_segments(program.module, program.options.compiler, shared=store.segments, own=self.segments)
         page_inputs = {page: [views[name] for name in names] for page, names in program.page_inputs.items()}
-        runtime = Transfers(plan, store, page_inputs)
+        places = [
+            index
+            for index, node in enumerate(program.graph.find_nodes(op="placeholder"))
+            if node.name in program.weights
+        ]
+        graph = CompiledGraph(program.module, plan, page_inputs, places, store, self.find_store)
+        self.graphs.append(graph)
         self.placements.append(plan)
         if self.traced:  # a backward, compiled at the first .backward()
             self._place()
         _report(plan)
-        return _runnable(program.module, runtime, store)
+        return graph
 
     def _weight_views(self, program: Program) -> dict[str, WeightView]:
         views = {}
@@ -128,30 +134,6 @@ class _Compiler:
 
 def _view_of(weight: str, tensor: Tensor) -> WeightView:
     return WeightView(weight, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-
-
-def _runnable(module: fx.GraphModule, runtime: Transfers, store: PageStore) -> BoxedCallable:
-    """The outer graph as a function that takes, and empties, one list of arguments."""
-    streams, lock = store.arena.streams, store.lock
-    setattr(module, RUNTIME, runtime)
-    module.graph.lint()
-
-    if isinstance(streams, EmulatedStreams) and runtime.plan.intervals:
-
-        def run(args: list[Any]) -> Any:
-            with lock:
-                return run_emulated(module, runtime, streams, args)
-
-    else:
-        module.graph.set_codegen(_BoxedCodeGen())
-        module.recompile()
-
-        def run(args: list[Any]) -> Any:
-            with lock:
-                return module.forward(args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd's calling convention
-    return run
 
 
 def _report(plan: Plan) -> None:

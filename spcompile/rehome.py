@@ -18,6 +18,8 @@ On the emulated device "up" and "down" are copies within host memory, so the sam
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import _device_constructors
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from spcompile.runtime.compiled_graph import CompiledGraph, FindStore
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.transfers import WeightView
 from spcompile.runtime.weights import real_tensors, storage_key, tag_of
@@ -126,6 +129,8 @@ class RehomedCall:
         weights: per input that is a weight, how it looks at it.
         static: inputs that belong to the model (buffers) and stay on the device while they do not change.
         written: inputs that a compiled graph updates in place; may grow as graphs are compiled.
+        graphs: what ``compiled`` runs; may grow likewise.
+        find_store: makes a page store for weights of another model, which has none.
     """
 
     def __init__(
@@ -135,27 +140,51 @@ class RehomedCall:
         weights: Mapping[int, WeightView],
         static: frozenset[int],
         written: set[int],
+        graphs: Sequence[CompiledGraph],
+        find_store: FindStore,
     ) -> None:
         self.compiled = compiled
-        self.store = store
+        self.device = store.device
+        self.graphs = graphs
+        self.find_store = find_store
+        self.lock = threading.RLock()
+        self._store = weakref.ref(store)
         self.weights = weights
         self.static = static
         self.written = written
-        self.views: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self.buffers: Any = WeakTensorKeyDictionary()
 
     def __call__(self, *args: Any) -> Any:
-        with self.store.lock:
-            return self._call(args)
+        with self.lock:
+            store = self._store_of(args)
+            with store.lock:
+                return self._call(store, args)
 
-    def _call(self, args: Sequence[Any]) -> Any:
-        uploads = {index: self._up(index, value) for index, value in enumerate(args) if isinstance(value, Tensor)}
+    def _store_of(self, args: Sequence[Any]) -> PageStore:
+        """The store of the weights that the call was given: Dynamo brings other models of the same class here, too."""
+        current = self._store()
+        if current is not None and not self.weights:
+            return current
+        tag = next((tag for index in self.weights if (tag := tag_of(args[index])) is not None), None)
+        if tag is not None and tag.store is current:
+            return current
+        found = tag.store if tag is not None else self.find_store([args[index] for index in self.weights])
+        store = found or current or PageStore(self.device, rehomed=True)
+        self._store = weakref.ref(store)
+        for graph in self.graphs:
+            graph.select(store)
+        return store
+
+    def _call(self, store: PageStore, args: Sequence[Any]) -> Any:
+        uploads = {
+            index: self._up(store, index, value) for index, value in enumerate(args) if isinstance(value, Tensor)
+        }
         inputs = [uploads.get(index, value) for index, value in enumerate(args)]
         versions = {index: tensor._version for index, tensor in uploads.items()}
         if torch.is_grad_enabled():
             _attach_gradients(args, inputs, uploads)
         outputs = self.compiled(*inputs)
-        self._write_back(args, inputs, uploads, versions)
+        self._write_back(store, args, inputs, uploads, versions)
         origins = {storage_key(tensor): (args[index], tensor) for index, tensor in uploads.items()}
         results = [_down(output, origins) if isinstance(output, Tensor) else output for output in outputs]
         self.settle()
@@ -163,59 +192,63 @@ class RehomedCall:
 
     def settle(self) -> None:
         """Wait until nothing reads the model's memory any more: from here on its owner may write it."""
-        if self.store.device.type == "cuda":
-            torch.cuda.current_stream(self.store.device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
-    def _up(self, index: int, value: Tensor) -> Tensor:
-        weight = self._weight(index, value)
-        return self._copy(index, value) if weight is None else weight
+    def _up(self, store: PageStore, index: int, value: Tensor) -> Tensor:
+        weight = self._weight(store, index, value)
+        return self._copy(store, index, value) if weight is None else weight
 
-    def _weight(self, index: int, value: Tensor) -> Tensor | None:
+    def _weight(self, store: PageStore, index: int, value: Tensor) -> Tensor | None:
         """The weight as the device sees it; None where the input is no weight, or has been given other memory."""
         tag = tag_of(value) if index in self.weights else None
-        if tag is None or tag.store is not self.store:
+        if tag is None or tag.store is not store:
             return None
-        view, weight = self.weights[index], self.store.weights[tag.name]
-        if (
-            weight.resident is None and not weight.has_home
-        ):  # no plan has placed it: the graph is called for more layers
-            self.store.make_offloaded([tag.name])
-        self.store.renew_copy(tag.name)
-        key = index, tag.name
-        if key not in self.views or self.views[key][0] is not weight.current:
+        view, weight = self.weights[index], store.weights[tag.name]
+        if weight.resident is None and not weight.has_home:  # placed by no plan: one graph serves several layers
+            store.make_offloaded([tag.name])
+        store.renew_copy(tag.name)
+        views, key = store.views.setdefault(self, {}), (index, tag.name)
+        if key not in views or views[key][0] is not weight.current:
             with real_tensors():
-                self.views[key] = weight.current, view.of(weight.current)
-        return self.views[key][1]
+                views[key] = weight.current, view.of(weight.current)
+        return views[key][1]
 
-    def _copy(self, index: int, value: Tensor) -> Tensor:
+    def _copy(self, store: PageStore, index: int, value: Tensor) -> Tensor:
         """An input on the device: a fresh copy, or that of a buffer that has not changed."""
         with real_tensors():
             if index not in self.static or value.is_inference():
-                return _upload(value, self.store.device)
+                return _upload(value, store.device)
             known: tuple[Hashable, Tensor | None] = self.buffers.get(value, (None, None))
             version, copy = known
-            if copy is None or version != self._version(value):
-                copy = _upload(value, self.store.device)
-                self.buffers[value] = self._version(value), copy
+            if copy is None or version != _version(value, store):
+                copy = _upload(value, store.device)
+                self.buffers[value] = _version(value, store), copy
             return copy
 
-    def _version(self, buffer: Tensor) -> Hashable:
-        return buffer._version, buffer.data_ptr(), self.store.generation
-
     def _write_back(
-        self, args: Sequence[Any], inputs: Sequence[Any], uploads: Mapping[int, Tensor], versions: Mapping[int, int]
+        self,
+        store: PageStore,
+        args: Sequence[Any],
+        inputs: Sequence[Any],
+        uploads: Mapping[int, Tensor],
+        versions: Mapping[int, int],
     ) -> None:
         for index, tensor in uploads.items():
             if index not in self.written and tensor._version == versions[index]:
                 continue
             tag = tag_of(args[index])
-            if tag is not None and tag.store is self.store and index in self.weights:
-                self.store.write_back(tag.name)
+            if tag is not None and tag.store is store and index in self.weights:
+                store.write_back(tag.name)
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and inputs[index].requires_grad):
                 args[index].copy_(inputs[index])
             if args[index] in self.buffers:
-                self.buffers[args[index]] = self._version(args[index]), tensor
+                self.buffers[args[index]] = _version(args[index], store), tensor
+
+
+def _version(buffer: Tensor, store: PageStore) -> Hashable:
+    return buffer._version, buffer.data_ptr(), store.generation
 
 
 def _upload(value: Tensor, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ import weakref
 from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class PageStore:
     Args:
         device: the compute device; ``cpu`` is the emulated one.
         rehomed: whether the model's tensors stay in host memory as CPU tensors.
+        takes_in: whether the backend made it for a model as it came, and makes one for each other such model.
 
     Attributes:
         weights: by name, in the order of the model's parameters.
@@ -68,12 +70,15 @@ class PageStore:
         segments: compiled segments by key.
         lock: held while an iteration is issued or weights are moved: two threads take turns.
         latest: the runtime of the graph that ran last, and what its pages were bound to (see ``transfers.py``).
+        views: how callers of a re-homed model's graphs see its weights: the memory, and a tensor over it. Kept here and
+            not there, as a caller belongs to compiled code, which may outlive the model.
         log: events of the runtimes, where a test has put a list.
     """
 
-    def __init__(self, device: torch.device, *, rehomed: bool = False) -> None:
+    def __init__(self, device: torch.device, *, rehomed: bool = False, takes_in: bool = False) -> None:
         self.device = device
         self.rehomed = rehomed
+        self.takes_in = takes_in
         self.weights: dict[str, StoredWeight] = {}
         self.generation = 0
         self.pages: list[Page] = []
@@ -82,6 +87,7 @@ class PageStore:
         self.segments: dict[str, torch.nn.Module] = {}
         self.lock = threading.RLock()
         self.latest: tuple[weakref.ref[Any], tuple[tuple[int, str], ...]] | None = None
+        self.views: WeakKeyDictionary[Any, dict[tuple[int, str], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
         self.log: list[tuple[object, ...]] | None = None
         self._tensors: dict[str, list[TensorWeakRef]] = {}
         self._runtimes: list[weakref.ref[Any]] = []
@@ -355,6 +361,18 @@ class PageStore:
         staying = [weight for page in plan.residents for weight in plan.pages[page].weights]
         self.make_offloaded(self._own(weight for page in streamed for weight in plan.pages[page].weights))
         self.make_resident(self._own([*staying, *plan.leftovers]))
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether this store has all weights of a plan, which may have been made for another model, and room for its
+        pages among the pages that its own graphs have made."""
+        mine = set(self.model_weights())
+        wanted = {weight for page in plan.pages for weight in page.weights} | set(plan.leftovers)
+        page_of = {weight: page for page in self.pages for weight in page.weights}
+        names = {page.name: page for page in self.pages}
+        return wanted <= mine and all(
+            names.get(page.name, page) == page and all(page_of.get(weight, page) == page for weight in page.weights)
+            for page in plan.pages
+        )
 
     def _own(self, weights: Iterable[Weight]) -> list[str]:
         return [weight.name for weight in weights if weight.name in self.weights]

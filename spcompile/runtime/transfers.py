@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.errors import OffloadError
 from spcompile.ir import Interval, Page, Plan, Weight
 from spcompile.runtime.arena import Arena, Tenant
 from spcompile.runtime.store import PageStore
@@ -87,18 +86,14 @@ class Transfers(torch.nn.Module):
 
     @property
     def store(self) -> PageStore:
-        """The page store.
-
-        Raises:
-            OffloadError: the model was restored, or is gone.
-        """
+        """The page store, which lives while one of its iterations runs."""
         store = self._store()
-        if store is None:
-            raise OffloadError(
-                "the weights of this compiled model are no longer offloaded: call spcompile.offload(model) and "
-                "torch.compile it again"
-            )
+        assert store is not None, "the model is gone"
         return store
+
+    def live_store(self) -> PageStore | None:
+        """The page store; None once the model is gone, or was restored."""
+        return self._store()
 
     def begin(self, weights: Sequence[Tensor]) -> None:
         """See `spcompile.ops.begin`. ``weights``: one per entry of ``page_inputs``, in its order."""
@@ -121,8 +116,9 @@ class Transfers(torch.nn.Module):
         reference, pages = self._next.get(self._binding, (None, self._pages)) if ahead else (None, self._pages)
         following = reference() if reference is not None else self
         if following is None or (following is self and pages is self._pages):
-            tenant = self._bring("prefetch", interval, (self.phase + ahead) % self.plan.period)
-            tenant.awaited = not ahead
+            if not self._is_foreign(interval):
+                tenant = self._bring_own("prefetch", interval, (self.phase + ahead) % self.plan.period)
+                tenant.awaited = not ahead
             return
         self._wait_for_compute()
         following.prefetch_head(self._n_ahead, pages)
@@ -141,29 +137,31 @@ class Transfers(torch.nn.Module):
         if index >= len(self._heads):
             return
         store, interval = self.store, self.plan.intervals[self._heads[index]]
-        self._pages, page = pages, pages[interval.page]
+        page = pages[interval.page]
         if index == 0:
             self._phase_ahead = self._free_phase(store.arena, interval)
         slot = self.plan.slots[interval.slots[self._phase_ahead]]
         if store.arena.is_taken(slot.offset_bytes, slot.nbytes) or store.any_resident(page):
             return
-        self._versions[interval.page] = store.version([weight.name for weight in page.weights])
-        self._bring("prefetch", self._heads[index], self._phase_ahead)
+        version = store.version([weight.name for weight in page.weights])
+        self._bring("prefetch", interval.slots[self._phase_ahead], page, version)
 
     def load(self, interval: int) -> tuple[Tensor, ...]:
         """See `spcompile.ops.load`. The tensors are views of the slot, in the order of ``page_inputs``."""
-        tenant = self._bring("load", interval, self.phase)
+        foreign = self._foreign.get(self.plan.intervals[interval].page, {})
+        if self._is_foreign(interval):
+            return tuple(foreign.values())
+        tenant = self._bring_own("load", interval, self.phase)
         self.store.arena.streams.compute_wait(tenant.ready)
         tenant.awaited, tenant.held = False, True
         self._held[interval] = tenant
         weights = self._slot_views(interval)
-        foreign = self._foreign.get(self.plan.intervals[interval].page)
-        if foreign:
-            weights = tuple(foreign.get(index, weight) for index, weight in enumerate(weights))
-        return weights
+        return tuple(foreign.get(index, weight) for index, weight in enumerate(weights)) if foreign else weights
 
     def evict(self, interval: int) -> None:
         """See `spcompile.ops.evict`."""
+        if self._is_foreign(interval):
+            return
         arena = self.store.arena
         tenant = self._held.pop(interval)
         arena.streams.freed(arena.memory[tenant.offset_bytes : tenant.offset_bytes + tenant.nbytes])
@@ -171,15 +169,22 @@ class Transfers(torch.nn.Module):
         tenant.held = False
         self.note("evict", tenant.page, self.plan.intervals[interval].slots[self.phase])
 
-    def _bring(self, why: str, index: int, phase: int) -> Tenant:
-        """Make sure that the page is in its slot or on its way there; returns its tenant."""
-        store = self.store
-        arena = store.arena
+    def _is_foreign(self, index: int) -> bool:
+        """Whether nothing of an interval's page is used in this iteration: all its arguments lie elsewhere."""
+        page = self.plan.intervals[index].page
+        return len(self._foreign.get(page, ())) == len(self.page_inputs[page])
+
+    def _bring_own(self, why: str, index: int, phase: int) -> Tenant:
+        """`_bring` the page of an interval as this iteration is bound."""
         interval = self.plan.intervals[index]
-        page, slot = self._pages[interval.page], self.plan.slots[interval.slots[phase]]
-        version = self._versions[interval.page]
+        return self._bring(why, interval.slots[phase], self._pages[interval.page], self._versions[interval.page])
+
+    def _bring(self, why: str, slot_index: int, page: Page, version: Hashable) -> Tenant:
+        """Make sure that the page is in the slot or on its way there; returns its tenant."""
+        store, slot = self.store, self.plan.slots[slot_index]
+        arena = store.arena
         tenant = arena.find(slot.offset_bytes, page.name, version)
-        self.note(why, page.name, interval.slots[phase], "copy" if tenant is None else "hit")
+        self.note(why, page.name, slot_index, "copy" if tenant is None else "hit")
         if tenant is not None:
             return tenant
         for event in arena.claim(slot.offset_bytes, slot.nbytes):
@@ -264,6 +269,8 @@ class Transfers(torch.nn.Module):
             if name is None or argument.storage_offset() != view.storage_offset:
                 return False
             names[view.weight] = name
+            if not store.rehomed:
+                store.attach(argument, name)  # its edits count from now on
         bound = store.page_of(tuple(Weight(names[weight.name], weight.nbytes) for weight in page.weights))
         if bound is None:
             return False
@@ -292,3 +299,31 @@ class Transfers(torch.nn.Module):
         store = self._store()
         if store is not None and store.log is not None:
             store.log.append(event)
+
+
+class InPlace(torch.nn.Module):
+    """A runtime without a page store: a load returns the graph's own arguments, and nothing moves."""
+
+    def __init__(self, page_inputs: Mapping[int, Sequence[WeightView]], plan: Plan) -> None:
+        super().__init__()
+        self.page_inputs = page_inputs
+        self.plan = plan
+        self._weights: dict[int, tuple[Tensor, ...]] = {}
+
+    def live_store(self) -> None:
+        """There is none."""
+
+    def begin(self, weights: Sequence[Tensor]) -> None:
+        """See `spcompile.ops.begin`."""
+        arguments = iter(weights)
+        self._weights = {page: tuple(next(arguments) for _ in views) for page, views in self.page_inputs.items()}
+
+    def prefetch(self, interval: int, ahead: int) -> None:
+        """Nothing."""
+
+    def load(self, interval: int) -> tuple[Tensor, ...]:
+        """See `spcompile.ops.load`."""
+        return self._weights[self.plan.intervals[interval].page]
+
+    def evict(self, interval: int) -> None:
+        """Nothing."""

@@ -397,7 +397,6 @@ class Tower(nn.Module):
         return x
 
 
-@pytest.mark.xfail(strict=True, reason="prefetching for the other tower binds this tower's last page to the other's")
 def test_two_towers_of_one_make_that_dynamo_sees_apart() -> None:
     """One graph serves both, and prefetches the other tower's first pages before it has loaded its own last one."""
     model, plain = built(lambda: nn.Sequential(Tower(), Tower()))

@@ -277,6 +277,25 @@ def test_the_model_dies_with_its_last_tensor(way: dict[str, Any]) -> None:
     assert all(storage() for storage in storages)
 
 
+@WAYS
+def test_a_second_model_of_the_same_class_is_streamed_by_the_same_graph(way: dict[str, Any]) -> None:
+    """Dynamo caches by the code of a model: it brings the second one to the graph of the first."""
+    first, plain = pair()
+    second = Stack()
+    plain_second = copy.deepcopy(second)
+    with torch.no_grad():
+        assert torch.equal(compiled(first, **way)(tokens()), plain(tokens()))
+        fast = compiled(second, **way)
+        for _ in range(2):
+            assert torch.equal(fast(tokens()), plain_second(tokens()))
+        (runtime,) = store_of(second).runtimes()
+        assert store_of(second) is not store_of(first)
+        assert runtime.bytes_moved >= 2 * runtime.plan.bytes_moved > 0
+        del first
+        gc.collect()
+        assert torch.equal(fast(tokens()), plain_second(tokens()))
+
+
 def test_another_device_than_the_weights() -> None:
     model, _ = pair()
     spcompile.offload(model, device="cpu")

@@ -352,7 +352,6 @@ def test_assigned_weights_of_one_layer_are_used_where_they_are() -> None:
     pair.call()
 
 
-@pytest.mark.xfail(strict=True, reason="a page of which nothing is used is still copied")
 def test_assigned_weights_are_not_copied_beside_what_they_replaced() -> None:
     pair = Pair().warm()
     for each in pair.both:
@@ -379,7 +378,6 @@ def convert_there_and_back(model: nn.Module) -> None:
     model.double().float()
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo goes on with the graph that it compiled for the store that is gone")
 @pytest.mark.parametrize("replace", [assign_all, restore, convert_there_and_back])
 def test_all_weights_replaced_and_offloaded_again(replace: Callable[[nn.Module], None]) -> None:
     """What the message about weights that are no longer offloaded tells one to do. No reset of Dynamo."""
@@ -397,7 +395,6 @@ def test_all_weights_replaced_and_offloaded_again(replace: Callable[[nn.Module],
     assert all(runtime.bytes_moved for runtime in store.runtimes())
 
 
-@pytest.mark.xfail(strict=True, reason="refused as no longer offloaded, unless something else holds the old weights")
 def test_all_weights_assigned() -> None:
     """Nothing of the model is offloaded any more, but it is a model whose weights are there."""
     torch._dynamo.reset()
@@ -497,7 +494,6 @@ def test_layers_that_swap_places() -> None:
     pair.call()
 
 
-@pytest.mark.xfail(strict=True, reason="versions are those of the tensors that looked at a weight before the swap")
 def test_edits_in_place_after_a_swap_of_data() -> None:
     pair = Pair().warm()
     for each in pair.both:

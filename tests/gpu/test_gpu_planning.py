@@ -120,8 +120,8 @@ def test_without_a_gpu_the_plan_is_that_of_the_gpu(case: tuple[str, str, bool], 
 
 def differences(absent: dict[str, Any], here: dict[str, Any]) -> str:
     """The first lines in which two descriptions differ, nodes before plans; "" where none do."""
-    texts = [[*map(json.dumps, each["nodes"]), *each["plan"].splitlines()] for each in (absent, here)]
-    changed = difflib.unified_diff(*texts, "without a GPU", "on the GPU", n=1, lineterm="")
+    one, other = ([*map(json.dumps, each["nodes"]), *each["plan"].splitlines()] for each in (absent, here))
+    changed = difflib.unified_diff(one, other, "without a GPU", "on the GPU", n=1, lineterm="")
     return "\n".join(itertools.islice(changed, 30))
 
 

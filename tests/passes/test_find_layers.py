@@ -249,7 +249,7 @@ def traced(function: Callable[..., Any], *args: Any) -> Program:
     programs: list[Program] = []
 
     def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        capture = Capture(module, examples, Options(compiler="eager"), weight_of, {})
+        capture = Capture(module, examples, Options(compiler="eager"), weight_of, [])
 
         def keep(graph: fx.GraphModule, wraps: bool) -> Callable[..., Any]:
             programs.append(capture.program(graph, device=torch.device("cpu"), wraps=wraps, store=None))

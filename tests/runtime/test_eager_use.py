@@ -572,7 +572,6 @@ def test_transforms_of_torch_func() -> None:
 # Other models around it.
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo runs the graph of the first model, which reads these weights in place")
 def test_a_second_model_of_the_same_class() -> None:
     pair, other = Pair(), spcompile.offload(stack(seed=1), device="cpu")
     fast, before = compiled(other), moved(pair.model)
@@ -584,7 +583,6 @@ def test_a_second_model_of_the_same_class() -> None:
     assert pair.call()
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo runs the graph of the first model, whose store is gone")
 def test_a_second_model_of_the_same_class_after_the_first() -> None:
     """A sweep over checkpoints, say, each offloaded and compiled in turn."""
     torch._dynamo.reset()

@@ -1,0 +1,134 @@
+"""A compiled outer graph, and which model's weights it works on.
+
+Dynamo caches what it compiled by the code of the model and not by the model: a second model of the same class and
+shapes, or one that was restored and offloaded again, comes to the graph that was compiled for the first. So each call
+looks whose weights it was given. The graph and its segments are shared; every page store gets a `Transfers` of its own,
+and its weights are placed when it first comes. Where there is no store (any more), or one with other weights, the graph
+runs on its arguments as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import _BoxedCodeGen
+
+from spcompile.ir import Plan
+from spcompile.runtime.emulated import run_emulated
+from spcompile.runtime.store import PageStore
+from spcompile.runtime.streams import EmulatedStreams
+from spcompile.runtime.transfers import InPlace, Transfers, WeightView
+from spcompile.runtime.weights import TAG, tag_of
+
+logger = logging.getLogger(__name__)
+
+FindStore = Callable[[Sequence[Tensor]], PageStore | None]
+"""Makes a page store for weights that have none, where the model is one that the backend takes in by itself."""
+
+
+class CompiledGraph:
+    """A function that takes, and empties, one list of arguments: AOTAutograd's calling convention.
+
+    Args:
+        module: the outer graph; its attribute ``runtime`` is set to whatever the call works with.
+        plan: its plan.
+        page_inputs: see `Transfers`.
+        weight_places: which arguments are weights.
+        store: the page store that it was compiled for.
+        find_store: see `FindStore`.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        plan: Plan,
+        page_inputs: Mapping[int, Sequence[WeightView]],
+        weight_places: Sequence[int],
+        store: PageStore,
+        find_store: FindStore,
+    ) -> None:
+        self._boxed_call = True  # of the instance: torch copies its attributes to a wrapper, and not those of the class
+        self.module = module
+        self.plan = plan
+        self.page_inputs = page_inputs
+        self.weight_places = tuple(weight_places)
+        self.find_store = find_store
+        self.device, self.is_rehomed = store.device, store.rehomed
+        self.lock = threading.RLock()
+        self.runtimes: WeakKeyDictionary[PageStore, Transfers] = WeakKeyDictionary()
+        self._is_warned = False
+        self.runtime: Transfers | InPlace = self._add(store)
+        module.runtime = self.runtime
+        module.graph.lint()
+        module.graph.set_codegen(_BoxedCodeGen())
+        module.recompile()
+
+    def __call__(self, args: list[Any]) -> Any:
+        with self.lock:
+            if self.weight_places and not self.is_rehomed:
+                self._follow(args)
+            runtime, store = self.runtime, self.runtime.live_store()
+            if store is None:
+                return self.module.forward(args)
+            with store.lock:
+                streams = store.arena.streams
+                if isinstance(runtime, Transfers) and isinstance(streams, EmulatedStreams) and self.plan.intervals:
+                    return run_emulated(self.module, runtime, streams, args)
+                return self.module.forward(args)
+
+    def select(self, store: PageStore) -> None:
+        """Work on the weights of this store from now on. (A re-homed model's caller says so; its arguments cannot.)"""
+        with self.lock:
+            if self.runtime.live_store() is not store:
+                self._use(self._runtime_of(store))
+
+    def _follow(self, args: Sequence[Any]) -> None:
+        """Change to the store of the arguments, if it is another than last time."""
+        first = args[self.weight_places[0]]
+        tag = getattr(first, TAG, None)
+        current = self.runtime.live_store()
+        if current is not None and (tag is None or tag.store is current):
+            if tag is None and type(first) is torch.nn.Parameter and current.takes_in:
+                self._take_in(args)
+            return
+        held = next((tag for place in self.weight_places if (tag := tag_of(args[place])) is not None), None)
+        if held is not None:
+            self.select(held.store)
+        elif current is None:
+            self._use(InPlace(self.page_inputs, self.plan))
+
+    def _take_in(self, args: Sequence[Any]) -> None:
+        store = self.find_store([args[place] for place in self.weight_places])
+        if store is not None:
+            self.select(store)
+
+    def _runtime_of(self, store: PageStore) -> Transfers | InPlace:
+        if store in self.runtimes:
+            return self.runtimes[store]
+        if (store.device, store.rehomed) != (self.device, self.is_rehomed) or not store.fits(self.plan):
+            return InPlace(self.page_inputs, self.plan)
+        runtime = self._add(store)
+        with store.lock:
+            store.place(self.plan)
+        return runtime
+
+    def _add(self, store: PageStore) -> Transfers:
+        store.add_pages(self.plan.pages)
+        runtime = self.runtimes[store] = Transfers(self.plan, store, self.page_inputs)
+        return runtime
+
+    def _use(self, runtime: Transfers | InPlace) -> None:
+        if isinstance(runtime, InPlace) and not self._is_warned:
+            self._is_warned = True
+            logger.warning(
+                "the compiled model is called with weights that are not (or no longer) offloaded as they were when it "
+                "was compiled: it runs on them as they are and streams nothing. Call spcompile.offload(model), or "
+                "torch._dynamo.reset() to have it compiled again"
+            )
+        self.runtime = self.module.runtime = runtime
