@@ -113,7 +113,7 @@ class _Compiler:
         self.placements.append(plan)
         if self.traced:  # a backward, compiled at the first .backward()
             self._place()
-        _report(plan)
+        _report(plan, program.options)
         return graph
 
     def _weight_views(self, program: Program) -> dict[str, WeightView]:
@@ -136,7 +136,14 @@ def _view_of(weight: str, tensor: Tensor) -> WeightView:
     return WeightView(weight, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
-def _report(plan: Plan) -> None:
+def _report(plan: Plan, options: Options) -> None:
+    if options.k is not None and len(plan.pages) == 1 and not plan.intervals:
+        logger.warning(
+            "nothing is streamed: all weights of this graph are one page (%r, %s), as neither layers nor narrow cuts "
+            "were found in it",
+            plan.pages[0].name,
+            format_bytes(plan.pages[0].nbytes),
+        )
     streamed = len(plan.pages) - len(plan.residents)
     logger.info(
         "%d steps; %d pages: %d resident, %d streamed (k=%d, m=%d); %s of %s weights on %s, %s moved per iteration",

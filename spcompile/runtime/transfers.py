@@ -23,6 +23,7 @@ See [Note: who waits for whom] in ``streams.py``.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from torch import Tensor
 from spcompile.ir import Interval, Page, Plan, Weight
 from spcompile.runtime.arena import Arena, Tenant
 from spcompile.runtime.store import PageStore
+
+logger = logging.getLogger(__name__)
 
 Binding = tuple[tuple[int, str], ...]
 """The pages of a plan that an iteration uses others for: index in the plan, and name of the other one."""
@@ -76,6 +79,7 @@ class Transfers(torch.nn.Module):
         store.add_runtime(self)
         self._pages = plan.pages  # or others, of the same sizes, that an iteration is bound to
         self._binding: Binding = ()
+        self._is_shared = False
         self._next: dict[Binding, tuple[weakref.ref[Transfers], tuple[Page, ...]]] = {}
         self._n_ahead = 0
         self._heads = [index for index, interval in enumerate(plan.intervals) if interval.start_step <= 0]
@@ -121,30 +125,31 @@ class Transfers(torch.nn.Module):
                 tenant.awaited = not ahead
             return
         self._wait_for_compute()
-        following.prefetch_head(self._n_ahead, pages)
         self._n_ahead += 1
+        following.prefetch_heads(self._n_ahead, pages)
 
-    def prefetch_head(self, index: int, pages: tuple[Page, ...]) -> None:
-        """For the graph before this one: start the copy of the ``index``-th page that an iteration starts with.
+    def prefetch_heads(self, count: int, pages: tuple[Page, ...]) -> None:
+        """For the graph before this one: start the copies of the first pages that an iteration starts with.
 
-        Does nothing where that page's place is still in use, or where the page is on the device for another graph,
-        which may be about to write it.
+        Leaves out those whose place is still in use (they are asked for again when the next place falls free), and
+        those that are on the device for another graph, which may be about to write them.
 
         Args:
-            index: counts the pages that an iteration starts with.
+            count: how many places are free by now.
             pages: what the next iteration will be bound to.
         """
-        if index >= len(self._heads):
-            return
-        store, interval = self.store, self.plan.intervals[self._heads[index]]
-        page = pages[interval.page]
-        if index == 0:
-            self._phase_ahead = self._free_phase(store.arena, interval)
-        slot = self.plan.slots[interval.slots[self._phase_ahead]]
-        if store.arena.is_taken(slot.offset_bytes, slot.nbytes) or store.any_resident(page):
-            return
-        version = store.version([weight.name for weight in page.weights])
-        self._bring("prefetch", interval.slots[self._phase_ahead], page, version)
+        store = self.store
+        heads = [self.plan.intervals[index] for index in self._heads[:count]]
+        if count == 1:
+            self._phase_ahead = self._free_phase(store.arena, heads[0])
+        for interval in heads:
+            page, slot_index = pages[interval.page], interval.slots[self._phase_ahead]
+            slot = self.plan.slots[slot_index]
+            version = store.version([weight.name for weight in page.weights])
+            if store.arena.find(slot.offset_bytes, page.name, version) is not None:
+                continue
+            if not store.arena.is_taken(slot.offset_bytes, slot.nbytes) and not store.any_resident(page):
+                self._bring("prefetch", slot_index, page, version)
 
     def load(self, interval: int) -> tuple[Tensor, ...]:
         """See `spcompile.ops.load`. The tensors are views of the slot, in the order of ``page_inputs``."""
@@ -274,6 +279,14 @@ class Transfers(torch.nn.Module):
         bound = store.page_of(tuple(Weight(names[weight.name], weight.nbytes) for weight in page.weights))
         if bound is None:
             return False
+        if not self._is_shared:
+            self._is_shared = True
+            logger.warning(
+                "one compiled graph serves several layers (%r and %r are the first): Dynamo broke the graph between "
+                "them; TORCH_LOGS=graph_breaks says why. They are streamed, but copies hardly overlap with compute",
+                page.name,
+                bound.name,
+            )
         self._pages = (*self._pages[:index], bound, *self._pages[index + 1 :])
         self._binding = (*self._binding, (index, bound.name))
         return True
