@@ -135,9 +135,9 @@ def main() -> None:
     offload_s = time.perf_counter() - started
     torch.cuda.empty_cache()
     streamed = measure_all(model, {"k": 2, "m": 1})
-    plan = spcompile.plan(model)
     store = find_store(model.parameters())
     assert store is not None
+    plan: spcompile.Plan = store.runtimes()[-1].plan
     link = measure_link(store, plan)
     every = measure_all(model, {"k": len(plan.pages)})
 

@@ -108,7 +108,7 @@ class _Compiler:
             for index, node in enumerate(program.graph.find_nodes(op="placeholder"))
             if node.name in program.weights
         ]
-        graph = CompiledGraph(program.module, plan, page_inputs, places, store, self.find_store)
+        graph = CompiledGraph(program.module, plan, page_inputs, places, store, self.find_store, program.options)
         self.graphs.append(graph)
         self.placements.append(plan)
         if self.traced:  # a backward, compiled at the first .backward()

@@ -280,6 +280,7 @@ class Plan:
                 intervals=tuple(
                     Interval(**{**each, "slots": tuple(each["slots"])}) for each in fields.pop("intervals")
                 ),
+                activations_bytes=fields.pop("activations_bytes"),
                 **fields,
             )
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
@@ -79,7 +80,7 @@ def plan(
     if not isinstance(inner, torch.nn.Module):
         raise OptionError(f"plan needs a torch.nn.Module or what torch.compile made of one, not {type(model).__name__}")
     if not args and not kwargs:
-        return _plans_in_force(inner)
+        return _plans_in_force(inner, None if inner is model else _options_of(model))
     programs = capture_programs(inner, tuple(args), dict(kwargs or {}), options)
     return _one_or_all([program.planned() for program in programs])
 
@@ -103,9 +104,20 @@ def capture_programs(
     return programs
 
 
-def _plans_in_force(model: nn.Module) -> Plan | Plans:
+def _options_of(compiled: Any) -> Options | None:
+    """The options that torch.compile was given; None where it does not tell."""
+    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    while backend is not None and not hasattr(backend, "kwargs"):
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)  # torch's own way to the backend inside
+    return None if backend is None else parse_options(backend.kwargs.get("options"))
+
+
+def _plans_in_force(model: nn.Module, options: Options | None) -> Plan | Plans:
     store = find_store(model.parameters())
+    if store is not None and len(store.runtimes()) > 1:
+        gc.collect()  # what Dynamo has dropped may still be held by cycles
     runtimes = store.runtimes() if store is not None else []
+    runtimes = [each for each in runtimes if options is None or each.compiled_with == options]
     if not runtimes:
         raise OptionError("no plan is in force: run the compiled model once, or give example inputs as args and kwargs")
     return _one_or_all([runtime.plan for runtime in runtimes])

@@ -290,3 +290,16 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 def test_inputs_that_the_model_does_not_take() -> None:
     with pytest.raises(TypeError, match="positional argument"):
         spcompile.plan(Stack(), (tokens(), tokens()), k=2)
+
+
+def test_two_windows_of_one_model_have_a_plan_each() -> None:
+    model = spcompile.offload(Stack(), device="cpu").eval()
+    torch._dynamo.reset()
+    fasts = [
+        torch.compile(model, backend="superpipeline", options={"compiler": "eager", "k": k, "m": 1}) for k in (2, 3)
+    ]
+    with torch.no_grad():
+        for fast in fasts:
+            fast(tokens())
+    assert [spcompile.plan(fast).k for fast in fasts] == [2, 3]
+    assert isinstance(spcompile.plan(model), Plans)

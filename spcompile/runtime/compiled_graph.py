@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,6 +42,7 @@ class CompiledGraph:
         weight_places: which arguments are weights.
         store: the page store that it was compiled for.
         find_store: see `FindStore`.
+        compiled_with: see `Transfers`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CompiledGraph:
         weight_places: Sequence[int],
         store: PageStore,
         find_store: FindStore,
+        compiled_with: Hashable,
     ) -> None:
         self._boxed_call = True  # of the instance: torch copies its attributes to a wrapper, and not those of the class
         self.module = module
@@ -59,6 +61,7 @@ class CompiledGraph:
         self.page_inputs = page_inputs
         self.weight_places = tuple(weight_places)
         self.find_store = find_store
+        self.compiled_with = compiled_with
         self.device, self.is_rehomed = store.device, store.rehomed
         self.lock = threading.RLock()
         self.runtimes: WeakKeyDictionary[PageStore, Transfers] = WeakKeyDictionary()
@@ -120,7 +123,7 @@ class CompiledGraph:
 
     def _add(self, store: PageStore) -> Transfers:
         store.add_pages(self.plan.pages)
-        runtime = self.runtimes[store] = Transfers(self.plan, store, self.page_inputs)
+        runtime = self.runtimes[store] = Transfers(self.plan, store, self.page_inputs, self.compiled_with)
         return runtime
 
     def _use(self, runtime: Transfers | InPlace) -> None:

@@ -66,10 +66,18 @@ class Transfers(torch.nn.Module):
         plan: the plan of this graph.
         store: where the weights live.
         page_inputs: per streamed page, how the graph looks at its weights, in the order of the tuple that load returns.
+        compiled_with: the options of the graph; they tell those of two torch.compile calls for one model apart.
     """
 
-    def __init__(self, plan: Plan, store: PageStore, page_inputs: Mapping[int, Sequence[WeightView]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        store: PageStore,
+        page_inputs: Mapping[int, Sequence[WeightView]],
+        compiled_with: Hashable = None,
+    ) -> None:
         super().__init__()
+        self.compiled_with = compiled_with
         self.plan = plan
         self.page_inputs = {page: tuple(views) for page, views in page_inputs.items()}
         self.phase = plan.period - 1  # so that the first iteration has phase 0
