@@ -26,6 +26,7 @@ from spcompile.passes.base import Program, WeightInput
 from spcompile.passes.make_schedule import LEFTOVER_FRACTION
 from spcompile.runtime.host import free_device_bytes
 from spcompile.runtime.store import PageStore
+from spcompile.runtime.weights import storage_key
 
 MARGIN_FRACTION = 0.05
 """Part of the device's free memory that a plan without k leaves alone: fragmentation, workspaces of libraries."""
@@ -147,12 +148,15 @@ def _elsewhere_pages(known_pages: Sequence[Page], model_weights: Sequence[Weight
     no graph has read so far (one for each layer, and one for what lies outside unless it is small)."""
     page_of = {weight: page for page in known_pages for weight in page.weights}
     others = set(page_of.values()) - {page_of[weight] for weight in read if weight in page_of}
-    unread = [weight for weight in model_weights if weight not in page_of and weight not in read]
     layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in model_weights)
-    layers = {layer_of(weight.name, layer_paths) for weight in unread}
-    outside_bytes = sum(weight.nbytes for weight in unread if layer_of(weight.name, layer_paths) is None)
+    unread = {
+        weight: layer_of(weight.name, layer_paths)
+        for weight in model_weights
+        if weight not in page_of and weight not in read
+    }
+    outside_bytes = sum(weight.nbytes for weight, layer in unread.items() if layer is None)
     has_outside = outside_bytes * LEFTOVER_FRACTION > max((weight.nbytes for weight in model_weights), default=0)
-    return len(others) + len(layers - {None}) + has_outside
+    return len(others) + len(set(unread.values()) - {None}) + has_outside
 
 
 def input_index(placeholder: fx.Node) -> int | None:
@@ -174,6 +178,5 @@ def storage_weights(model: torch.nn.Module) -> dict[int, Weight]:
     """Weights of a model that is not offloaded, by identity of their storage, in the order of its parameters."""
     weights: dict[int, Weight] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        storage = parameter.untyped_storage()
-        weights.setdefault(storage._cdata, Weight(name, storage.nbytes()))
+        weights.setdefault(storage_key(parameter), Weight(name, parameter.untyped_storage().nbytes()))
     return weights

@@ -181,10 +181,10 @@ def _keep(store: PageStore, storage: _Storage, tag: Tag) -> None:
 
 def _fill_block(store: PageStore, places: Sequence[tuple[_Storage, int]], undo: ExitStack) -> None:
     """Copy storages into a block of their own and let everything that looks at them look there."""
-    last, last_offset_bytes = places[-1]
-    block = HostBlock(last_offset_bytes + last.nbytes, store.device)
     with real_tensors():
-        block.fill([(offset_bytes, bytes_of(storage.tensors[0])) for storage, offset_bytes in places])
+        pieces = [(offset_bytes, bytes_of(storage.tensors[0])) for storage, offset_bytes in places]
+        block = HostBlock.filled(pieces, store.device)
+    del pieces  # they hold the originals
     for storage, offset_bytes in places:
         origin = storage.tensors[0].device
         weight = StoredWeight(store.free_name(storage.name), storage.nbytes)

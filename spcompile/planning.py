@@ -31,6 +31,7 @@ from spcompile.pipeline import PASSES, run_passes
 from spcompile.rehome import ambient_autocast, rehome_examples, rehome_graph
 from spcompile.runtime.host import compute_device
 from spcompile.runtime.store import PageStore, find_store
+from spcompile.runtime.weights import storage_key
 from spcompile.text import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ class _Planner:
                 gm,
                 example_inputs,
                 self.options,
-                lambda tensor, _: weights.get(tensor.untyped_storage()._cdata),
+                lambda tensor, _: weights.get(storage_key(tensor)),
                 list(weights.values()),
                 traced_inputs,
             )

@@ -28,7 +28,7 @@ BoxedCallable = Callable[[list[Any]], Any]
 
 INDUCTOR_CONFIG = {"size_asserts": False, "alignment_asserts": False}
 """What a segment's code need not check with each call, because the split has: that inputs have the sizes that they were
-compiled for. A call costs 11.6 us with these checks and 2.0 without (design.md, decisions)."""
+compiled for. A call costs 11.6 us with these checks and 2.0 without (docs/design.md, decision 14)."""
 
 
 class CompiledSegment(torch.nn.Module):

@@ -218,6 +218,14 @@ class HostBlock:
         self.mapping.process = os.getpid()
         self.mapping.pointer = torch.frombuffer(self.mapping, dtype=torch.uint8).data_ptr()
 
+    @classmethod
+    def filled(cls, pieces: Sequence[tuple[int, Tensor]], device: torch.device) -> HostBlock:
+        """A block of just the size of its pieces, filled and registered; see `fill`."""
+        offset_bytes, last = pieces[-1]
+        block = cls(offset_bytes + last.numel(), device)
+        block.fill(pieces)
+        return block
+
     @property
     def registered(self) -> bool:
         """Whether CUDA knows the block; never on the emulated device."""

@@ -287,9 +287,9 @@ class PageStore:
         """Copy weights that have no home yet into blocks."""
         for places in lay_out_blocks([weight.nbytes for weight in weights]):
             moving = [(weights[index], offset_bytes) for index, offset_bytes in places]
-            last, last_offset_bytes = moving[-1]
-            block = HostBlock(last_offset_bytes + last.nbytes, self.device)
-            block.fill([(offset_bytes, self._face(weight)) for weight, offset_bytes in moving])
+            block = HostBlock.filled(
+                [(offset_bytes, self._face(weight)) for weight, offset_bytes in moving], self.device
+            )
             for weight, offset_bytes in moving:
                 following = self._following(weight)
                 weight.move_in(block, offset_bytes)

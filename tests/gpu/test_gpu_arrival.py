@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile.runtime.store import PageStore, find_store
-from spcompile.runtime.streams import CudaStreams
-from spcompile.runtime.transfers import Transfers
+from tests.slow_device import Slow
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,8 +22,6 @@ pytestmark = [
 ]
 
 WIDTH = 1024
-SPIN_CYCLES = 30_000_000
-"""About 15 ms: longer than any copy or segment of these models."""
 
 
 class Block(nn.Module):
@@ -256,22 +253,7 @@ def test_edits_under_slow_link_and_slow_compute(
     monkeypatch: pytest.MonkeyPatch, link: bool, compute: bool, device: str
 ) -> None:
     """The owner of a CPU model may write its weights as soon as a call has returned."""
-    copy_now, load_now = CudaStreams.side_copy, Transfers.load
-
-    def side_copy(streams: CudaStreams, target: Tensor, source: Tensor) -> None:
-        if link:
-            with torch.cuda.stream(streams.side):
-                torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
-        copy_now(streams, target, source)
-
-    def load(runtime: Transfers, interval: int) -> tuple[Tensor, ...]:
-        weights = load_now(runtime, interval)
-        if compute:
-            torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
-        return weights
-
-    monkeypatch.setattr(CudaStreams, "side_copy", side_copy)
-    monkeypatch.setattr(Transfers, "load", load)
+    Slow(monkeypatch, link=link, compute=compute)
     model, plain, tokens = make(device)
     fast = compiled(model.eval())
     plain.eval()

@@ -19,15 +19,12 @@ from torch import Tensor, nn
 import spcompile
 from spcompile.runtime.store import PageStore, find_store
 from spcompile.runtime.streams import CudaStreams
-from spcompile.runtime.transfers import Transfers
+from tests.slow_device import Slow
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-SPIN_CYCLES = 30_000_000
-"""About 15 ms: longer than any copy or segment of these models, and than the host takes to issue one."""
 
 WIDTH = 1024
 
@@ -179,28 +176,6 @@ def test_edits_between_calls_are_seen() -> None:
             optimizer.step()
         with torch.no_grad():
             assert torch.equal(fast(tokens), plain(tokens))
-
-
-class Slow:
-    """Slows the link or compute of a store, and may take a wait away."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, link: bool, compute: bool) -> None:
-        copy_now, load_now = CudaStreams.side_copy, Transfers.load
-
-        def side_copy(streams: CudaStreams, target: Tensor, source: Tensor) -> None:
-            if link:
-                with torch.cuda.stream(streams.side):
-                    torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
-            copy_now(streams, target, source)
-
-        def load(runtime: Transfers, interval: int) -> tuple[Tensor, ...]:
-            weights = load_now(runtime, interval)
-            if compute:
-                torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
-            return weights
-
-        monkeypatch.setattr(CudaStreams, "side_copy", side_copy)
-        monkeypatch.setattr(Transfers, "load", load)
 
 
 @pytest.mark.parametrize(("link", "compute"), [(True, False), (False, True), (True, True)])
