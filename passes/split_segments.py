@@ -27,6 +27,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import _BoxedCodeGen
 
@@ -134,7 +135,7 @@ def _extract(
         inner[node].meta = {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
     graph.output(tuple(inner[node] for node in outputs))
     graph.set_codegen(_BoxedCodeGen())
-    return fx.GraphModule(root, graph, "Segment")
+    return _make_graph_module(root, graph, "Segment")  # in Dynamo's hands its Python code is made when it is needed
 
 
 def _is_subgraph(node: fx.Node) -> bool:

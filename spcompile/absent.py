@@ -12,10 +12,10 @@ so that it comes out as a GPU's would:
     y = scaled_dot_product_attention(q, k, v)          y = spcompile.cuda_attention.attention(q, k, v)
     enter = _enter_autocast('cuda', bfloat16, True)    enter = _enter_autocast('cpu', bfloat16, True)
 
-What remains different is small, and none of it moves weights or cuts:
+Decompositions and passes that ask for the device are treated in ``cuda_decompositions``. What remains different is
+small, and none of it moves weights or cuts:
 
-- Inductor's decompositions of products with one row and one column, or with an inner size of one;
-- the dtype of the mean and deviation that a layer norm or group norm saves in bf16 and fp16 (the CPU's is narrower);
+- Inductor's arithmetic for a group norm with weights, and for products with an inner size of one;
 - without decompositions (``compiler="eager"``), batch norm is not cuDNN's operator;
 - operators that only one of the autocasts lowers or raises;
 - what the model's own Python code does only ``if x.is_cuda``: it sees CPU tensors.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.callback import CallbackArgs, on_compile_start
 from torch._dynamo.exc import ShortenTraceback
 
 from spcompile.arrival import find_or_make_store, take_in_caller
@@ -58,6 +59,16 @@ def superpipeline(
         return _Compiler(gm, example_inputs, checked).compile()
     except SuperpipelineError as error:
         raise BackendError(str(error), first_useful_frame=sys._getframe()) from error
+
+
+@on_compile_start
+def _warm_up_early(_: CallbackArgs) -> None:
+    """Start Inductor's workers when Dynamo starts to trace: without them it would compile the first kernels itself.
+
+    This module is imported when somebody asks torch.compile for this backend.
+    """
+    if torch.cuda.is_available():
+        warm_up_inductor()
 
 
 class _Compiler:

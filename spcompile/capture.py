@@ -8,7 +8,9 @@ that input's example is the model's own parameter, and its storage is the weight
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.virtualized import V
 
+from spcompile.cuda_decompositions import Table, as_for_cuda
 from spcompile.graph import activation_bound_bytes, memory_roots, written_inputs
 from spcompile.ir import Page, Weight
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
@@ -45,6 +48,7 @@ class Capture:
         weight_of: the weight that an example input looks at, given its path; None where it is no weight.
         model_weights: all weights of the model, in the order of its parameters.
         traced_inputs: what AOTAutograd traces with instead of ``example_inputs`` (a re-homed model's stand-ins).
+        for_cuda: whether CPU tensors stand for those of a GPU that is not here.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class Capture:
         weight_of: Callable[[Tensor, str], Weight | None],
         model_weights: Sequence[Weight],
         traced_inputs: Sequence[Any] | None = None,
+        for_cuda: bool = False,
     ) -> None:
         self.gm = gm
+        self.for_cuda = for_cuda
         self.traced_inputs = example_inputs if traced_inputs is None else traced_inputs
         self.example_inputs = example_inputs
         self.options = options
@@ -71,20 +77,29 @@ class Capture:
 
     def trace(self, compile_graph: GraphCompiler) -> Callable[..., Any]:
         """Run AOTAutograd, which hands over each ATen graph as soon as it has it."""
-        from torch._inductor.decomposition import select_decomp_table  # slow to import; only needed once compiling
-
         aot = aot_autograd(
             fw_compiler=lambda module, _inputs: compile_graph(module, False),
             bw_compiler=lambda module, _inputs: compile_graph(module, False),
             inference_compiler=lambda module, _inputs: compile_graph(module, True),
-            partition_fn=partition(self.options.compiler, self.is_weight),
-            decompositions={} if self.options.compiler == "eager" else select_decomp_table(),
+            partition_fn=partition(self.options.compiler, self.is_weight, self.for_cuda),
+            decompositions=self._decompositions(),
             keep_inference_input_mutations=True,
         )
         fake_mode = detect_fake_mode(self.traced_inputs)
-        with V.set_fake_mode(fake_mode), tracing(TracingContext.try_get() or TracingContext(fake_mode)):
+        tracing_context = TracingContext.try_get() or TracingContext(fake_mode)
+        with _collector_paused(), V.set_fake_mode(fake_mode), tracing(tracing_context):
             compiled: Callable[..., Any] = aot(self.gm, self.traced_inputs)
             return compiled
+
+    def _decompositions(self) -> Table:
+        if self.options.compiler == "eager":
+            return {}
+        # Slow to import; only needed once compiling. One decomposition (of max pooling) reads the second as an
+        # attribute of its package and does not import it.
+        from torch._inductor import decomposition, lowering  # noqa: F401
+
+        table: Table = decomposition.select_decomp_table()
+        return as_for_cuda(table) if self.for_cuda else table
 
     def is_weight(self, placeholder: fx.Node) -> bool:
         """Whether a placeholder of an ATen graph carries a weight."""
@@ -132,6 +147,22 @@ class Capture:
         program.activations_bytes = activation_bound_bytes(module.graph)
         program.capacity_bytes = max(0, int(free_bytes * (1 - MARGIN_FRACTION)) - program.activations_bytes)
         return program
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without Python's collector of cyclic garbage.
+
+    Tracing and compiling make millions of objects that stay, and the collector would go through all of them again and
+    again: a tenth of the first call.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _written_indices(graph: fx.Graph) -> Iterator[int]:

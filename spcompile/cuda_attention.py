@@ -7,8 +7,9 @@ and `attention` what is done around the chosen operator (masks, padding, autocas
 
 The rules are those of torch's ``aten/src/ATen/native/transformers`` (``cuda/sdp_utils.cpp``: ``select_sdp_backend``,
 ``can_use_*``; ``sdp_utils_cpp.h``: shapes, strides; ``attention.cpp``: ``scaled_dot_product_attention``) with cuDNN
-newer than 9.15, as wheels from torch 2.11 on bring it. Left out: nested tensors, ROCm, alignment of single addresses,
-and an order that ``sdpa_kernel(..., set_priority=True)`` sets.
+newer than 9.15, as wheels from torch 2.11 on bring it. Those of torch 2.11 are compared with an H100 by
+``tests/gpu/test_gpu_planning.py``; where later sources differ they are followed from 2.12 on. Left out: nested tensors,
+ROCm, alignment of single addresses, and an order that ``sdpa_kernel(..., set_priority=True)`` sets.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-CUDNN_HEAD_DIMENSION = 128
+BEFORE_2_12 = torch.__version__ < "2.12"
+
+CUDNN_HEAD_DIMENSION = 256 if BEFORE_2_12 else 128
 """Largest head of cuDNN's operator; 192 for queries and keys goes with 128 for values (check_cudnn_tensor_shapes)."""
+
+CUDNN_DROPOUT_STEPS = None if BEFORE_2_12 else 16
+"""Steps from 0 to 1 in which cuDNN's dropout goes; None: any (check_cudnn_dropout)."""
 
 FLASH_HEAD_DIMENSION = 256
 """Largest head of the flash operator (check_head_dim_size_flash)."""
@@ -127,9 +133,8 @@ def _additive(mask: Tensor | None, dtype: torch.dtype, masked: float) -> Tensor 
     """The mask as numbers that are added to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    # cuDNN's zero is made without a device, so on the host.
-    device = torch.device("cpu") if masked == CUDNN_MASKED else mask.device
-    return torch.where(mask.logical_not(), masked, torch.scalar_tensor(0.0, dtype=dtype, device=device))
+    outside, inside = (torch.scalar_tensor(each, dtype=dtype, device=mask.device) for each in (masked, 0.0))
+    return torch.where(mask, inside, outside)
 
 
 def _aligned(mask: Tensor) -> Tensor:
@@ -190,7 +195,9 @@ def _cudnn_can(
         return False
     if max(head, value_head) > CUDNN_HEAD_DIMENSION and (head, value_head) != (192, 128):
         return False
-    if dropout_p and (query.size(2) == 1 or dropout_p * 16 != int(dropout_p * 16)):
+    if dropout_p and query.size(2) == 1:
+        return False
+    if CUDNN_DROPOUT_STEPS and not float(dropout_p * CUDNN_DROPOUT_STEPS).is_integer():
         return False
     return bool(key.size(2) != 1)
 

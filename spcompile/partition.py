@@ -11,17 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spcompile.cuda_decompositions import flatten_single_batches
 from spcompile.graph import is_cast, is_view
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 
-def partition(compiler: str, is_weight: Callable[[fx.Node], bool]) -> Partition:
-    """The partition function for a compiler of `spcompile.options.COMPILERS`."""
+def partition(compiler: str, is_weight: Callable[[fx.Node], bool], for_cuda: bool = False) -> Partition:
+    """The partition function for a compiler of `spcompile.options.COMPILERS`.
+
+    Args:
+        compiler: what the segments are compiled with.
+        is_weight: whether a placeholder carries a weight.
+        for_cuda: whether CPU tensors stand for those of a GPU that is not here.
+    """
 
     def run(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         mark_weight_derived(joint, is_weight)
@@ -29,7 +37,12 @@ def partition(compiler: str, is_weight: Callable[[fx.Node], bool]) -> Partition:
             return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
         from torch._inductor.compile_fx import partition_fn  # it lowers dropout in the joint graph first
 
-        return partition_fn(joint, joint_inputs, **kwargs)
+        if for_cuda:
+            flatten_single_batches(joint.graph)
+        # Whether products are padded is decided by timing them. Here that would make the plan depend on a measurement;
+        # Inductor decides once more when it compiles the segments.
+        with torch._inductor.config.patch(shape_padding=False):
+            return partition_fn(joint, joint_inputs, **kwargs)
 
     return run
 

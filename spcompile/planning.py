@@ -188,6 +188,7 @@ class _Planner:
                 lambda tensor, _: weights.get(storage_key(tensor)),
                 list(weights.values()),
                 traced_inputs,
+                for_cuda=is_absent(device),
             )
         else:
             capture = Capture(gm, example_inputs, self.options, store.weight_of, store.model_weights(), traced_inputs)

@@ -1,9 +1,8 @@
 """Compile each distinct segment once.
 
 Identical layers have identical sub-modules (``split_segments`` gives them canonical names), so a model of 32 layers
-has three
-or four distinct ones; its first call costs what those cost (design.md, decision 4). The key of a segment is its text:
-operators, arguments, constants, and shape, stride, dtype and device of every input.
+has three or four distinct ones; its first call costs what those cost (design.md, decision 4). The key of a segment is
+its text: operators, arguments, constants, and shape, stride, dtype and device of every input.
 
 Segments are compiled by Inductor's `compile_fx` (it keeps the strides that tracing recorded for the outputs, which the
 next segment was compiled for; takes symbolic shapes; and runs the passes that lower dropout), or run as they are. What
@@ -14,7 +13,10 @@ wrappers take care of.
 
 from __future__ import annotations
 
+import threading
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class CompiledSegment(torch.nn.Module):
 
 
 def warm_up_inductor() -> None:
-    """Start Inductor's worker processes, which take seconds to come up; they do so while the graph is still traced."""
+    """Start Inductor's worker processes, unless they run; they take seconds to come up."""
     from torch._inductor.async_compile import maybe_warm_pool  # slow to import; only needed once compiling
 
     maybe_warm_pool()
@@ -65,12 +67,50 @@ def compile_segments(
         own: those of this capture alone. Segments with symbolic sizes go here: what Inductor assumes about a symbol
             becomes a guard of the capture that it was compiled for, and another capture would not check it.
     """
-    for name, segment in _segments_of(outer):
-        compiled = own if _is_symbolic(segment) else shared
-        key = segment_key(segment, compiler)
-        if key not in compiled:
-            compiled[key] = CompiledSegment(_compile(segment, compiler))
-        setattr(outer, name, compiled[key])
+    known = ChainMap({}, shared), ChainMap({}, own)
+    with _kernels_awaited_together() if compiler == "inductor" else nullcontext():
+        for name, segment in _segments_of(outer):
+            compiled = known[_is_symbolic(segment)]
+            key = segment_key(segment, compiler)
+            if key not in compiled:
+                compiled[key] = CompiledSegment(_compile(segment, compiler))
+            setattr(outer, name, compiled[key])
+    shared.update(known[0].maps[0])
+    own.update(known[1].maps[0])
+
+
+_LOCK = threading.RLock()
+"""Held while Inductor's way of waiting is another one."""
+
+
+@contextmanager
+def _kernels_awaited_together() -> Iterator[None]:
+    """Let Inductor go on to the next segment while its workers compile the kernels of those before; wait at the end.
+
+    The code that Inductor generates ends in ``AsyncCompile.wait(globals())``, which puts the finished kernels in the
+    place of their futures. A kernel takes about a second, most segments have few, and nothing runs before all are
+    compiled. Other threads that compile wait as ever.
+    """
+    from torch._inductor.async_compile import AsyncCompile  # slow to import; only needed once compiling
+
+    pending: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    thread = threading.get_ident()
+    with _LOCK:
+        wait = AsyncCompile.wait
+
+        def put_off(self: AsyncCompile, scope: dict[str, Any]) -> None:
+            if threading.get_ident() == thread:
+                pending.append((self, scope))
+            else:
+                wait(self, scope)
+
+        AsyncCompile.wait = put_off  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            AsyncCompile.wait = wait  # type: ignore[method-assign]
+        for compiling, scope in pending:
+            wait(compiling, scope)
 
 
 def _is_symbolic(segment: fx.GraphModule) -> bool:

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # From here on torch may be imported.
     ("ops",),
     ("graph",),
-    ("graph_text",),
+    ("graph_text", "cuda_decompositions"),
     ("passes.base", "verify.graphs", "partition"),
     ("passes.structure",),
     ("passes.*",),

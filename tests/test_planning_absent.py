@@ -255,6 +255,9 @@ def mask(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bool, device="meta")
 
 
+CUDNN_ONCE = SDPBackend.CUDNN_ATTENTION if torch.__version__ < "2.12" else None
+"""torch 2.11 lets cuDNN take larger heads and any dropout."""
+
 CHOICES: dict[str, tuple[tuple[Any, ...], dict[str, Any], SDPBackend]] = {
     "plain": ((half(1, 32, 128, 128),) * 3, {}, SDPBackend.CUDNN_ATTENTION),
     "causal": ((half(1, 32, 128, 128),) * 3, {"is_causal": True}, SDPBackend.CUDNN_ATTENTION),
@@ -274,12 +277,26 @@ CHOICES: dict[str, tuple[tuple[Any, ...], dict[str, Any], SDPBackend]] = {
     ),
     "head of 12": ((half(2, 4, 9, 12),) * 3, {}, SDPBackend.FLASH_ATTENTION),
     "head of 12 and a mask": ((half(2, 4, 9, 12),) * 3, {"mask": mask(9, 9)}, SDPBackend.MATH),
-    "head of 256": ((half(2, 4, 9, 256),) * 3, {}, SDPBackend.FLASH_ATTENTION),
-    "head of 256 and a mask": ((half(2, 4, 9, 256),) * 3, {"mask": mask(9, 9)}, SDPBackend.EFFICIENT_ATTENTION),
+    "head of 256": ((half(2, 4, 9, 256),) * 3, {}, CUDNN_ONCE or SDPBackend.FLASH_ATTENTION),
+    "head of 256 and a mask": (
+        (half(2, 4, 9, 256),) * 3,
+        {"mask": mask(9, 9)},
+        CUDNN_ONCE or SDPBackend.EFFICIENT_ATTENTION,
+    ),
     "head of 264": ((half(2, 4, 9, 264),) * 3, {}, SDPBackend.EFFICIENT_ATTENTION),
     "one key": ((half(2, 4, 1, 64),) * 3, {}, SDPBackend.FLASH_ATTENTION),
     "causal, not square": ((half(2, 4, 3, 12), *(half(2, 4, 9, 12),) * 2), {"is_causal": True}, SDPBackend.MATH),
-    "dropout of a tenth": ((half(2, 4, 9, 64),) * 3, {"dropout_p": 0.1}, SDPBackend.FLASH_ATTENTION),
+    "dropout of a tenth": ((half(2, 4, 9, 64),) * 3, {"dropout_p": 0.1}, CUDNN_ONCE or SDPBackend.FLASH_ATTENTION),
+    "dropout and one query": (
+        (half(2, 4, 1, 64), *(half(2, 4, 9, 64),) * 2),
+        {"dropout_p": 0.125},
+        SDPBackend.FLASH_ATTENTION,
+    ),
+    "one query and a mask": (
+        (half(2, 4, 1, 64), *(half(2, 4, 9, 64),) * 2),
+        {"mask": mask(1, 9)},
+        SDPBackend.CUDNN_ATTENTION,
+    ),
     "dropout of an eighth": ((half(2, 4, 9, 64),) * 3, {"dropout_p": 0.125}, SDPBackend.CUDNN_ATTENTION),
     "three dimensions": ((half(4, 9, 64),) * 3, {}, SDPBackend.MATH),
     "columns": ((half(2, 4, 64, 9).mT,) * 3, {}, SDPBackend.MATH),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import LambdaFuture, PyCodeCache
 
 from spcompile import segments
 from spcompile.options import COMPILERS
@@ -162,6 +166,58 @@ def test_segments_with_symbolic_sizes_are_shared_inside_one_capture_only(monkeyp
     assert (len(shared), len(own)) == (0, 2)
     compile_segments(split(rows="n", prefix=SIZES), "eager", shared, {})
     assert len(compiler.calls) == 4
+
+
+def test_kernels_are_awaited_when_all_segments_are_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, each would wait for its own kernels."""
+    events: list[str] = []
+    wait, load = AsyncCompile.wait, PyCodeCache.load_by_key_path.__func__  # type: ignore[attr-defined]
+
+    def waiting(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        events.append("wait")
+        wait(self, scope)
+
+    def loading(cls: type[PyCodeCache], *args: Any, **kwargs: Any) -> Any:
+        events.append("load")
+        return load(cls, *args, **kwargs)
+
+    monkeypatch.setattr(AsyncCompile, "wait", waiting)
+    monkeypatch.setattr(PyCodeCache, "load_by_key_path", classmethod(loading))
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)), nn.Linear(8, 5)).eval()
+    x = torch.randn(2, 8)
+    fast = torch.compile(copy.deepcopy(model), backend="superpipeline", options={"k": 2, "m": 1, "device": "cpu"})
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        torch.testing.assert_close(fast(x), model(x))
+    assert events == ["load", "load", "wait", "wait"]
+    assert AsyncCompile.wait is waiting
+
+
+def test_another_thread_waits_for_its_own_kernels() -> None:
+    scope: dict[str, Any] = {"kernel": LambdaFuture(lambda: "compiled")}
+    with segments._kernels_awaited_together():
+        thread = threading.Thread(target=AsyncCompile().wait, args=(scope,))
+        thread.start()
+        thread.join()
+        assert scope["kernel"] == "compiled"
+
+
+def test_segments_whose_kernels_fail_are_not_kept() -> None:
+    def fail() -> None:
+        raise ValueError("no such instruction")
+
+    known: dict[str, nn.Module] = {}
+    wait = AsyncCompile.wait
+
+    def compile_badly(module: fx.GraphModule, _: str) -> Callable[[list[Any]], Any]:
+        AsyncCompile().wait({"kernel": LambdaFuture(fail)})
+        return lambda values: module.forward(values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "_compile", compile_badly)
+        with pytest.raises(ValueError, match="no such instruction"):
+            compile_segments(split(), "inductor", known, {})
+    assert known == {}
+    assert AsyncCompile.wait is wait
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

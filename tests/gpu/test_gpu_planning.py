@@ -157,10 +157,10 @@ def test_a_plan_of_a_large_model_takes_no_device_memory() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(16384, 16384, bias=False) for _ in range(8)))
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     with torch.no_grad():
         plan = spcompile.plan(model, (torch.empty(1, 16384, device="meta"),), k=2, m=1)
     assert plan.device == "cuda:0"
     assert plan.weights_bytes == 8 << 30
-    assert torch.cuda.max_memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20  # importing Inductor takes a few bytes
