@@ -25,6 +25,9 @@ placeholder, and costs nothing. Set by ``sink_weight_views``."""
 STEP = "spcompile_step"
 """``node.meta`` key of a segment call in the outer graph: its step. Set by ``split_segments``."""
 
+WEIGHT_INPUT = "weight"
+"""Beginning of the names of a segment's inputs that are read through a page. Set by ``split_segments``."""
+
 
 @dataclass(frozen=True)
 class WeightInput:

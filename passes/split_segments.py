@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import fx
@@ -33,7 +33,7 @@ from torch.fx.graph import _BoxedCodeGen
 
 from spcompile import ops
 from spcompile.graph import is_scalar, tensors_of, value_of
-from spcompile.passes.base import SEGMENT, STEP, Program, paged_inputs
+from spcompile.passes.base import SEGMENT, STEP, WEIGHT_INPUT, Program, paged_inputs
 
 
 def split_segments(program: Program) -> None:
@@ -84,7 +84,7 @@ class _Splitter:
         inputs = self._inputs(members, inside)
         outputs = [node for node in members if any(user not in inside for user in node.users)]
         name = self._free_name(self.plan.steps[step].segment)
-        self.root.add_module(name, _extract(self.program.module, members, inputs, outputs))
+        self.root.add_module(name, _extract(self.program.module, members, inputs, outputs, self.paged))
         pack = self.new.call_function(ops.pack, tuple(self.outer[node] for node in inputs))
         call = self.new.call_module(name, (pack,))
         call.meta[STEP] = pack.meta[STEP] = step
@@ -115,14 +115,18 @@ class _Splitter:
 
 
 def _extract(
-    module: fx.GraphModule, members: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    module: fx.GraphModule,
+    members: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    weights: Container[fx.Node],
 ) -> fx.GraphModule:
     """The segment as a module of its own, with canonical names, that takes one list and returns a tuple."""
     graph = fx.Graph()
     root = torch.nn.Module()
     inner: dict[fx.Node, fx.Node] = {}
     for index, node in enumerate(inputs):
-        inner[node] = graph.placeholder(f"in_{index}")
+        inner[node] = graph.placeholder(f"{WEIGHT_INPUT if node in weights else 'in'}_{index}")
         inner[node].meta = {"val": value_of(node)}
     for node in members:
         for source in node.all_input_nodes:

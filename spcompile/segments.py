@@ -24,6 +24,7 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 
 from spcompile.graph import memory_roots, tensors_of, value_of
+from spcompile.passes.base import WEIGHT_INPUT
 
 BoxedCallable = Callable[[list[Any]], Any]
 
@@ -170,14 +171,18 @@ def _compile_with_inductor(segment: fx.GraphModule) -> BoxedCallable:
 
     segment.graph.set_codegen(fx.graph.CodeGen())  # Inductor calls it with plain arguments
     segment.recompile()
-    inputs: list[Any] = [value_of(node) for node in segment.graph.find_nodes(op="placeholder")]
+    placeholders = segment.graph.find_nodes(op="placeholder")
+    inputs: list[Any] = [value_of(node) for node in placeholders]
+    weights = [index for index, node in enumerate(placeholders) if node.name.startswith(WEIGHT_INPUT)]
     is_plain = not _returns_views_of_inputs(segment.graph)
     generated: list[BoxedCallable] = []
 
     def compile_inner(module: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
-        code = compile_fx_inner(module, examples, **kwargs)
-        if len(examples) == len(inputs):
-            generated.append(code)
+        if len(examples) != len(inputs):
+            return compile_fx_inner(module, examples, **kwargs)
+        # A weight starts where a page's piece may start, so no call need look whether its address is a good one.
+        code = compile_fx_inner(module, examples, **kwargs | {"static_input_idxs": weights})
+        generated.append(code)
         return code
 
     # Without AOTAutograd's cache, which would return its wrappers and never ask for the code inside. Inductor's own

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor import compile_fx
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import LambdaFuture, PyCodeCache
@@ -190,6 +191,22 @@ def test_kernels_are_awaited_when_all_segments_are_generated(monkeypatch: pytest
         torch.testing.assert_close(fast(x), model(x))
     assert events == ["load", "load", "wait", "wait"]
     assert AsyncCompile.wait is waiting
+
+
+def test_the_alignment_of_weights_is_not_checked_with_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[int]] = []
+    original = compile_fx.compile_fx_inner
+
+    def compile_inner(module: fx.GraphModule, examples: Any, **kwargs: Any) -> Any:
+        told.append(kwargs["static_input_idxs"])
+        return original(module, examples, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_inner)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))).eval()
+    fast = torch.compile(model, backend="superpipeline", options={"k": 2, "m": 1, "device": "cpu"})
+    with torch.no_grad():
+        fast(torch.randn(2, 8))
+    assert told == [[1, 2]]  # behind the activation
 
 
 def test_another_thread_waits_for_its_own_kernels() -> None:
