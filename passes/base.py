@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from spcompile.graph import is_cast, is_view, memory_roots, written_inputs
-from spcompile.ir import Page, Plan, Weight
+from spcompile.ir import Machine, Page, Plan, Weight
 from spcompile.options import Options
+from spcompile.planner.machine import PROFILES
 
 LAYER = "spcompile_layer"
 """``node.meta`` key: label of the node's layer, or None outside the layers. Set by ``find_layers``."""
@@ -54,8 +55,9 @@ class Program:
         options: what the user asked for.
         device: compute device as text.
         wraps: whether the end of an iteration may prefetch for the next one (not in training).
-        capacity_bytes: device memory that weights may take where no k is given; None: all of it.
-        activations_bytes: upper bound of the graph's intermediate tensors, as in `Plan`.
+        machine: what the steps are timed on.
+        free_bytes: device memory that may be taken for all of the graph where nothing else is asked for; None: enough.
+        other_bytes: what the process holds on the device beside the model and the graph's inputs.
         elsewhere_pages: how many pages the parts of the model make, or will make, that this graph does not read.
         known_pages: pages that earlier graphs of the same model made; a weight never changes its page.
         known_residents: names of pages that earlier graphs keep on the device.
@@ -72,8 +74,9 @@ class Program:
     device: str
     wraps: bool
     model_order: Mapping[str, int] = field(default_factory=dict)
-    capacity_bytes: int | None = None
-    activations_bytes: int = 0
+    machine: Machine = PROFILES["h100"]
+    free_bytes: int | None = None
+    other_bytes: int = 0
     elsewhere_pages: int = 0
     known_pages: tuple[Page, ...] = ()
     known_residents: frozenset[str] = frozenset()

@@ -22,18 +22,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from torch import fx
 
+from spcompile.costs import SegmentCost, largest, segment_costs, symbol_hints, total_size
 from spcompile.errors import OptionError
 from spcompile.graph import is_scalar
 from spcompile.ir import Page, Plan, Step, Weight
 from spcompile.module_tree import readable_path
 from spcompile.passes.base import IN_PLACE, LAYER, SEGMENT, Program, written_weights
-from spcompile.planner.make_plan import make_plan
+from spcompile.planner.choose import least_capacity_bytes
+from spcompile.planner.make_plan import place_graph
+from spcompile.text import format_bytes
 
 logger = logging.getLogger(__name__)
+
+MARGIN_FRACTION = 0.05
+"""Part of the device's free memory that a plan leaves alone where nothing was asked for: fragmentation, workspaces."""
 
 LEFTOVER_FRACTION = 64
 """Weights outside the layers that together are smaller than this part of the largest page stay on the device."""
@@ -56,46 +64,84 @@ def make_schedule(program: Program) -> None:
     pages, leftovers = _pages(program, runs)
     written = written_weights(program)
     page_of = {weight: index for index, page in enumerate(pages) for weight in page.weights if weight not in written}
+    is_fused = program.options.compiler == "inductor"
+    costs = segment_costs(program.graph, [run.nodes for run in runs], program.machine, is_fused)
     steps = []
     seen: dict[str, int] = {}
-    for index, run in enumerate(runs):
+    for index, (run, cost) in enumerate(zip(runs, costs, strict=True)):
         for node in run.nodes:
             node.meta[SEGMENT] = index
         count = seen[run.label] = seen.get(run.label, -1) + 1
         reads = dict.fromkeys(page_of[weight] for weight in run.reads if weight in page_of)
-        steps.append(Step(f"{run.label}#{count}" if count else run.label, run.layer, tuple(reads)))
-    program.plan = _plan(program, pages, leftovers, tuple(steps))
+        name = f"{run.label}#{count}" if count else run.label
+        steps.append(Step(name, run.layer, tuple(reads), cost.compute_us, cost.activations_bytes))
+    unplaced = Plan(program.device, 1, 1, program.wraps, pages, leftovers, (), tuple(steps), (), 1, ())
+    program.plan = _place(program, replace(unplaced, **_totals(program, costs)))
 
 
-def _plan(program: Program, pages: tuple[Page, ...], leftovers: tuple[Weight, ...], steps: tuple[Step, ...]) -> Plan:
-    """Plan as asked for. Without k: by free memory, and where that seems not to do, with the smallest window of two.
+def _totals(program: Program, costs: Sequence[SegmentCost]) -> dict[str, Any]:
+    """What the plan says of memory beside that of its weights."""
+    weights = program.weight_nodes()
+    inputs = [node for node in program.graph.find_nodes(op="placeholder") if node not in weights]
+    has_libraries = program.device != "cpu" and any(cost.uses_libraries for cost in costs)
+    return {
+        "machine": program.machine,
+        "sizes": symbol_hints(program.graph),
+        "inputs": total_size(inputs),
+        "activations": largest(candidate for cost in costs for candidate in cost.activations),
+        "workspace_bytes": program.machine.workspace_bytes if has_libraries else 0,
+        "other_bytes": program.other_bytes,
+    }
 
-    What seems not to do may well fit: activations are bounded before fusion, and that bound is pessimistic.
-    """
 
-    def plan(k: int | None, m: int | None) -> Plan:
-        return make_plan(
-            device=program.device,
-            pages=pages,
-            leftovers=leftovers,
-            steps=steps,
-            wraps=program.wraps,
-            k=k,
-            m=m,
-            capacity_bytes=program.capacity_bytes,
-            residents=tuple(index for index, page in enumerate(pages) if page.name in program.known_residents),
-            elsewhere_pages=program.elsewhere_pages,
-            activations_bytes=program.activations_bytes,
-        )
-
+def _place(program: Program, graph: Plan) -> Plan:
+    """Place as asked for: by k and m, by a budget, by a slowdown, or by the memory that is free."""
+    options = program.options
+    residents = tuple(index for index, page in enumerate(graph.pages) if page.name in program.known_residents)
+    place = partial(place_graph, graph, residents=residents, elsewhere_pages=program.elsewhere_pages)
+    if options.k is not None:
+        return place(k=options.k, m=options.m)
+    if options.budget is not None:
+        capacity_bytes = options.budget - graph.beside_bytes()
+        if capacity_bytes < least_capacity_bytes(graph):
+            raise OptionError(_infeasible(graph, options.budget))
+        return place(capacity_bytes=capacity_bytes)
+    if program.free_bytes is None:
+        return place(max_slowdown=options.max_slowdown)
+    capacity_bytes = free_capacity_bytes(program.free_bytes, graph)
+    if options.max_slowdown is not None:
+        return place(capacity_bytes=capacity_bytes, max_slowdown=options.max_slowdown)
     try:
-        return plan(program.options.k, program.options.m)
-    except OptionError as error:
-        if program.options.k is not None:
-            raise
+        return place(capacity_bytes=capacity_bytes)
+    except OptionError as error:  # it may well fit: what is predicted is rather too much than too little
         logger.warning("%s; streaming everything", error)
-        widest = max(len(step.reads) for step in steps)
-        return plan(max(widest, min(2, len(pages) - 1)), 1)
+        widest = max(len(step.reads) for step in graph.steps)
+        return place(k=max(widest, min(2, len(graph.pages) - 1)), m=1)
+
+
+def free_capacity_bytes(free_bytes: int, graph: Plan) -> int:
+    """What weights may take of memory that is free. Inputs and whatever else there is are there already."""
+    usable_bytes = int(free_bytes * (1 - MARGIN_FRACTION))
+    return max(0, usable_bytes - graph.activations_bytes - graph.workspace_bytes)
+
+
+def _infeasible(graph: Plan, budget_bytes: int) -> str:
+    """Why a budget cannot be kept, which could be, and what it is spent on."""
+    weights_bytes = least_capacity_bytes(graph)
+    least_bytes = graph.beside_bytes() + weights_bytes
+    page = max(graph.pages, key=lambda page: page.nbytes)
+    message = (
+        f"option 'budget' = {format_bytes(budget_bytes)} is too little: the smallest that can be kept is "
+        f"{least_bytes:,} bytes ({format_bytes(least_bytes)}), of which "
+        f"{format_bytes(weights_bytes)} are for weights (the largest page is {page.name!r} with "
+        f"{format_bytes(page.nbytes)})"
+    )
+    step = max(graph.steps, key=lambda step: step.activations_bytes)
+    if step.activations_bytes:
+        message += f", and {format_bytes(step.activations_bytes)} for the values of segment {step.segment!r}"
+    if graph.other_bytes:
+        message += f", and {format_bytes(graph.other_bytes)} are held by other tensors of the process"
+    return message
 
 
 def _runs(program: Program) -> list[_Run]:

@@ -20,19 +20,20 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.virtualized import V
 
 from spcompile.cuda_decompositions import Table, as_for_cuda
-from spcompile.graph import activation_bound_bytes, memory_roots, written_inputs
+from spcompile.graph import memory_roots, written_inputs
 from spcompile.ir import Page, Weight
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.options import Options
 from spcompile.partition import partition
 from spcompile.passes.base import Program, WeightInput
 from spcompile.passes.make_schedule import LEFTOVER_FRACTION
+from spcompile.planner.machine import find_machine
 from spcompile.runtime.host import free_device_bytes
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.weights import storage_key
 
-MARGIN_FRACTION = 0.05
-"""Part of the device's free memory that a plan without k leaves alone: fragmentation, workspaces of libraries."""
+DEFAULT_MACHINE = "h100"
+"""The profile that iterations are timed on where none is asked for."""
 
 GraphCompiler = Callable[[fx.GraphModule, bool], Callable[..., Any]]
 """Takes an ATen graph, and whether the end of its iteration may prefetch for the next one (inference may)."""
@@ -144,9 +145,21 @@ class Capture:
             free_bytes += store.device_bytes()  # what is placed already can be placed again
         read = {each.weight for each in weights.values()}
         program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read)
-        program.activations_bytes = activation_bound_bytes(module.graph)
-        program.capacity_bytes = max(0, int(free_bytes * (1 - MARGIN_FRACTION)) - program.activations_bytes)
+        program.free_bytes = free_bytes
+        program.machine = find_machine(self.options.machine or DEFAULT_MACHINE)
+        program.other_bytes = self._other_bytes(device, store)
         return program
+
+    def _other_bytes(self, device: torch.device, store: PageStore | None) -> int:
+        """What the process holds on the device that neither belongs to the model nor is an input."""
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return 0
+        tensors = [value for value in self.example_inputs if isinstance(value, Tensor) and value.device == device]
+        if store is not None:  # it knows what its weights take: offloaded ones only look as if they were on the device
+            tensors = [tensor for tensor in tensors if store.weight_of(tensor, "") is None]
+        held = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        model_bytes = sum(held.values()) + (store.device_bytes() if store is not None else 0)
+        return max(0, torch.cuda.memory_allocated(device) - model_bytes)
 
 
 @contextmanager

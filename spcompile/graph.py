@@ -130,26 +130,3 @@ def nbytes_of(tensor: torch.Tensor) -> int:
     if isinstance(numel, torch.SymInt):
         numel = numel.node.hint or 0
     return int(numel) * tensor.element_size()
-
-
-def activation_bound_bytes(graph: fx.Graph) -> int:
-    """An upper bound of what the graph's intermediate tensors need at once, before any fusion.
-
-    Liveness over the nodes in program order; memory is counted at its owner, freed after the last node that may see it.
-    """
-    roots = memory_roots(graph.nodes)
-    last_use: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for seen in (node, *node.all_input_nodes):
-            for root in roots[seen]:
-                last_use[root] = node
-    freed_after: dict[fx.Node, list[fx.Node]] = {}
-    for root, node in last_use.items():
-        freed_after.setdefault(node, []).append(root)
-    live = peak = 0
-    sizes = {node: sum(map(nbytes_of, tensors_of(node))) for node in graph.nodes if node.op == "call_function"}
-    for node in graph.nodes:
-        live += sizes.get(node, 0) if node in roots[node] else 0
-        peak = max(peak, live)
-        live -= sum(sizes.get(root, 0) for root in freed_after.get(node, ()))
-    return peak

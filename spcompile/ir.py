@@ -17,15 +17,21 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from spcompile.errors import PlanFormatError
+import sympy
+
+from spcompile.errors import OptionError, PlanFormatError
+from spcompile.sizes import Polynomial, expression_of, value_of
+
+if TYPE_CHECKING:
+    from spcompile.planner.choose import TradeoffPoint
 
 ALIGNMENT_BYTES = 256
 """Every weight starts at a multiple of this in its page, and every slot in the arena: kernels that Inductor compiled
 for an aligned example input would otherwise clone the weight first (design.md, decision 2)."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Written into every JSON text; ``Plan.from_json`` refuses any other."""
 
 
@@ -74,15 +80,57 @@ class Page:
 
 @dataclass(frozen=True)
 class Step:
-    """One segment in the schedule: its name, the layer it belongs to (None outside the layers), the pages it reads.
+    """One segment in the schedule.
 
-    ``reads`` holds indices into ``Plan.pages``, each once, in the order in which the segment first reads them. Resident
-    pages are listed too.
+    Attributes:
+        segment: its name.
+        layer: the layer it belongs to, or None outside the layers.
+        reads: indices into ``Plan.pages``, each once, in the order in which the segment first reads them. Resident
+            pages are listed too.
+        compute_us: predicted time on the device with all weights in place; 0 where nothing is known.
+        activations_bytes: most that inputs, outputs, intermediates and what later steps still need take at once while
+            the segment runs; 0 where nothing is known.
     """
 
     segment: str
     layer: str | None
     reads: tuple[int, ...]
+    compute_us: float = 0.0
+    activations_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What plans are timed on: rates as they are reached, not those of data sheets.
+
+    Attributes:
+        name: as shown.
+        h2d_bytes_per_s, d2h_bytes_per_s: the link in one direction, the other one idle.
+        both_bytes_per_s: the link in each direction while both are busy.
+        copy_us: fixed time of one copy.
+        flops_per_s: pairs of a dtype's name and the rate of large matrix products in it.
+        memory_bytes_per_s: reads and writes of the device's own memory.
+        kernel_us: what a kernel takes at least.
+        workspace_bytes: what libraries take of the device's memory once they are used.
+        device_bytes, host_bytes: memory.
+    """
+
+    name: str
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    both_bytes_per_s: float
+    copy_us: float
+    flops_per_s: tuple[tuple[str, float], ...]
+    memory_bytes_per_s: float
+    kernel_us: float
+    workspace_bytes: int
+    device_bytes: int
+    host_bytes: int
+
+    def copy_time_us(self, nbytes: int, *, both: bool = False) -> float:
+        """Time of one copy to the device (or from it, if that is as fast) of ``nbytes``."""
+        rate = self.both_bytes_per_s if both else self.h2d_bytes_per_s
+        return self.copy_us + nbytes / rate * 1e6
 
 
 @dataclass(frozen=True)
@@ -160,7 +208,12 @@ class Plan:
         slots: the places of the arena.
         period: after how many iterations the slots of all intervals repeat.
         intervals: the stays of the streamed pages, in the order in which their copies are issued.
-        activations_bytes: upper bound of what the graph's intermediate tensors take at once, counted before fusion.
+        machine: what the steps are timed on; None where nothing is known of it.
+        sizes: the graph's symbolic sizes, by name, as they were at capture.
+        inputs: bytes of the graph's inputs that are no weights, buffers and caches included.
+        activations: candidates for the most bytes that other values take at once; the largest counts.
+        workspace_bytes: what libraries take of the device.
+        other_bytes: what the process held on the device beside all these when the plan was made.
     """
 
     device: str
@@ -174,7 +227,24 @@ class Plan:
     slots: tuple[Slot, ...]
     period: int
     intervals: tuple[Interval, ...]
-    activations_bytes: int = 0
+    machine: Machine | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+    inputs: Polynomial = ()
+    activations: tuple[Polynomial, ...] = ()
+    workspace_bytes: int = 0
+    other_bytes: int = 0
+
+    def tradeoff(self) -> tuple[TradeoffPoint, ...]:
+        """The whole curve of memory against time for this graph, each point with its plan; from the smallest up.
+
+        Raises:
+            OptionError: nothing is known of the machine.
+        """
+        from spcompile.planner.choose import find_tradeoff  # the planner is above ir; a convenience reaches up
+
+        if self.machine is None:
+            raise OptionError("a trade-off needs a machine to time plans on: plan with machine='h100', say")
+        return find_tradeoff(self, self.residents)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -216,10 +286,44 @@ class Plan:
         """Most bytes that weights take on the device at once: arena, residents and leftovers."""
         return self.arena_bytes + self.residents_bytes + self.leftovers_bytes
 
-    def peak_bytes(self) -> int:
-        """Upper bound of the device memory of one iteration: weights and intermediate tensors. Inputs, outputs and the
-        workspaces of libraries come on top."""
-        return self.peak_weight_bytes + self.activations_bytes
+    @property
+    def activations_bytes(self) -> int:
+        """Most bytes that values other than weights and inputs take at once, with the sizes at capture."""
+        return max((step.activations_bytes for step in self.steps), default=0)
+
+    def peak_bytes(self, **sizes: int) -> int:
+        """Most device memory at any moment of an iteration: what ``torch.cuda.max_memory_allocated`` would say.
+
+        Weights, inputs, other values, workspaces of libraries, and what else the process holds. CUDA's context and
+        fragmentation come on top.
+
+        Args:
+            sizes: symbolic sizes by their names in ``sizes``; those at capture where they are left out.
+
+        Raises:
+            OptionError: a size has another name than those of the graph.
+        """
+        return self.peak_weight_bytes + self.beside_bytes(**sizes)
+
+    def beside_bytes(self, **sizes: int) -> int:
+        """The part of `peak_bytes` that is not weights."""
+        known = dict(self.sizes)
+        unknown = [name for name in sizes if name not in known]
+        if unknown:
+            raise OptionError(f"unknown size {unknown[0]!r}; this plan has {', '.join(known) or 'none'}")
+        given = known | sizes
+        values_bytes = value_of(self.inputs, given) + max(
+            (value_of(each, given) for each in self.activations), default=0
+        )
+        return self.workspace_bytes + self.other_bytes + values_bytes
+
+    @property
+    def peak_expr(self) -> sympy.Expr:
+        """`peak_bytes` as an expression in the graph's symbolic sizes."""
+        symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name, _ in self.sizes}
+        activations = [expression_of(each, symbols) for each in self.activations]
+        fixed_bytes = self.peak_weight_bytes + self.workspace_bytes + self.other_bytes
+        return fixed_bytes + expression_of(self.inputs, symbols) + sympy.Max(0, *activations)
 
     def load_step(self, interval: Interval) -> int:
         """First step that reads the interval's page, or -1 where none does."""
@@ -280,10 +384,17 @@ class Plan:
                 intervals=tuple(
                     Interval(**{**each, "slots": tuple(each["slots"])}) for each in fields.pop("intervals")
                 ),
-                activations_bytes=fields.pop("activations_bytes"),
+                machine=_machine(fields.pop("machine")),
+                sizes=_pairs(fields.pop("sizes")),
+                inputs=_pairs(fields.pop("inputs")),
+                activations=tuple(map(_pairs, fields.pop("activations"))),
+                workspace_bytes=fields.pop("workspace_bytes"),
+                other_bytes=fields.pop("other_bytes"),
                 **fields,
             )
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except PlanFormatError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanFormatError(f"not the JSON text of a plan: {error!r}") from error
 
     def __str__(self) -> str:
@@ -321,3 +432,14 @@ class Plans(tuple[Plan, ...]):
 
 def _weights(fields: list[dict[str, Any]]) -> tuple[Weight, ...]:
     return tuple(Weight(**weight) for weight in fields)
+
+
+def _pairs(fields: list[list[Any]]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, number) for name, number in fields)
+
+
+def _machine(fields: dict[str, Any] | None) -> Machine | None:
+    if fields is None:
+        return None
+    rates = tuple((dtype, rate) for dtype, rate in fields.pop("flops_per_s"))
+    return Machine(**fields, flops_per_s=rates)

@@ -50,6 +50,9 @@ def plan(
     *,
     k: int | None = None,
     m: int | None = None,
+    budget: int | str | None = None,
+    max_slowdown: float | None = None,
+    machine: str | None = None,
     device: str | None = None,
     compiler: str = "inductor",
 ) -> Plan | Any:
@@ -66,7 +69,7 @@ def plan(
         model: a module, offloaded or not; or what torch.compile returned for one: without further arguments the plan
             in force is returned.
         args, kwargs: example inputs, as for calling the model.
-        k, m, device, compiler: as in torch.compile's ``options``.
+        k, m, budget, max_slowdown, machine, device, compiler: as in torch.compile's ``options``.
 
     Returns:
         The plan of the captured graph; `Plans`, a tuple in order of capture, where there are several graphs. (The
@@ -76,7 +79,17 @@ def plan(
         OptionError: an option is wrong, inputs are missing and no plan is in force, or a model without values has
             graph breaks.
     """
-    options = parse_options({"k": k, "m": m, "device": device, "compiler": compiler})
+    options = parse_options(
+        {
+            "k": k,
+            "m": m,
+            "budget": budget,
+            "max_slowdown": max_slowdown,
+            "machine": machine,
+            "device": device,
+            "compiler": compiler,
+        }
+    )
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, torch.nn.Module):
         raise OptionError(f"plan needs a torch.nn.Module or what torch.compile made of one, not {type(model).__name__}")

@@ -107,7 +107,8 @@ def _header(plan: Plan) -> _Lines:
         ("residents", residents, f"{_count(len(plan.residents), 'page')}, never evicted"),
         ("arena", arena, f"{_count(len(plan.slots), 'slot')} for what is streamed"),
         ("peak weight bytes", peak, f"on the device at once{share}"),
-        ("activations", plan.activations_bytes, "at most, besides: before fusion"),
+        ("activations", plan.activations_bytes, "most that other values take at once"),
+        ("peak bytes", peak + plan.beside_bytes(), "with inputs, workspaces and all else"),
         ("bytes moved", moved, f"per iteration, {_count(len(plan.intervals), 'copy', 'copies')}"),
     )
     columns = max(len(f"{nbytes:,}") for _, nbytes, _ in rows)

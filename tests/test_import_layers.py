@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("options",),
+    ("options", "sizes"),
     ("ir",),
     ("text",),
     ("verify", "verify.violations"),
@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # From here on torch may be imported.
     ("ops",),
     ("graph",),
-    ("graph_text", "cuda_decompositions"),
+    ("graph_text", "cuda_decompositions", "costs"),
     ("passes.base", "verify.graphs", "partition"),
     ("passes.structure",),
     ("passes.*",),
@@ -50,14 +50,14 @@ ONLY: dict[str, tuple[str, ...]] = {
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
     "passes.*": (
-        *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "passes.base"),
+        *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "costs", "passes.base"),
         "passes.structure",  # not a pass: what find_layers does where names say nothing
     ),
     "runtime.*": ("errors", "ir", "text", "ops", "runtime.*"),
 }
 
-EXCEPTIONS = {("ir", "text")}
-"""``Plan.__str__`` imports ``text`` when it is called: only the convenience of ``print(plan)`` reaches up."""
+EXCEPTIONS = {("ir", "text"), ("ir", "planner.choose")}
+"""``Plan.__str__`` and ``Plan.tradeoff`` import when they are called: only such conveniences reach up."""
 
 
 def modules() -> dict[str, Path]:

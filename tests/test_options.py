@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
 from spcompile.errors import OptionError, SuperpipelineError
-from spcompile.options import COMPILERS, PLANNED, Options, parse_options
+from spcompile.options import COMPILERS, Options, parse_bytes, parse_options
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,16 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"k": 2, "m": 3}, "'m'", ["between 1 and k = 2", "3"]),
     *[({"compiler": value}, "'compiler'", [*COMPILERS, repr(value)]) for value in ("Inductor", "", None, 3)],
     *[({"verify": value}, "'verify'", ["True or False", repr(value)]) for value in (1, "yes", None)],
-    *[({name: 1}, f"'{name}'", ["not available yet", "'k' and 'm'"]) for name in PLANNED],
+    *[
+        ({"budget": value}, "'budget'", ["'8GiB'", repr(value)])
+        for value in (0, -1, 1.5, True, "", "8 apples", "-1GB", [1])
+    ],
+    *[
+        ({"max_slowdown": value}, "'max_slowdown'", ["1 or more", repr(value)])
+        for value in (0.9, True, "1.1", math.inf)
+    ],
+    ({"k": 2, "budget": "1GiB"}, "'budget'", ["contradict", "'k'"]),
+    ({"budget": "1GiB", "max_slowdown": 1.1}, "'max_slowdown'", ["contradict", "'budget'"]),
     *[({name: 1}, f"'{name}'", ["unknown"]) for name in ("K", "slots", "compile", "")],
 ]
 
@@ -86,3 +96,15 @@ def test_what_was_given_is_not_changed() -> None:
     given = {"k": 2}
     parse_options(given)
     assert given == {"k": 2}
+
+
+@pytest.mark.parametrize(
+    ("given", "nbytes"),
+    [
+        *((1, 1), (8 << 30, 8 << 30), ("12", 12), ("12B", 12)),
+        *(("8GiB", 8 << 30), ("7.5 GB", 7_500_000_000), ("800mb", 800_000_000), (" 3 kib ", 3072), ("0.5TiB", 1 << 39)),
+    ],
+)
+def test_budgets_in_bytes_or_words(given: int | str, nbytes: int) -> None:
+    assert parse_bytes(given) == nbytes
+    assert parse_options({"budget": given}).budget == nbytes

@@ -190,7 +190,10 @@ def test_an_absent_gpu(grad: bool, values: bool, caplog: pytest.LogCaptureFixtur
         plan = spcompile.plan(model, (tokens(),), device="cuda", k=2, m=1)
         assert spcompile.plan(model, (tokens(),), device="cuda:1", k=2, m=1).device == "cuda:1"
     assert (emulated.device, plan.device) == ("cpu", "cuda:0")
-    assert (plan.pages, plan.steps, plan.intervals) == (emulated.pages, emulated.steps, emulated.intervals)
+    assert (plan.pages, plan.intervals) == (emulated.pages, emulated.intervals)
+    assert [(step.segment, step.reads) for step in plan.steps] == [
+        (step.segment, step.reads) for step in emulated.steps
+    ]
     assert "no CUDA device here: planning for a cuda:0 with 74.51 GiB" in caplog.text
 
 

@@ -27,7 +27,11 @@ MIN_SLOTS = 2
 
 
 def spread_residents(
-    page_bytes: Sequence[int], reads: Sequence[Sequence[int]], capacity_bytes: int, preferred: Collection[int] = ()
+    page_bytes: Sequence[int],
+    reads: Sequence[Sequence[int]],
+    capacity_bytes: int,
+    preferred: Collection[int] = (),
+    n_slots: int = MIN_SLOTS,
 ) -> tuple[int, ...]:
     """Choose the residents.
 
@@ -36,6 +40,7 @@ def spread_residents(
         reads: per step, the pages that it reads.
         capacity_bytes: device memory for residents and slots together.
         preferred: pages to keep resident before all others, because another graph of the model already does.
+        n_slots: slots of the window, or more where one step reads more.
 
     Returns:
         Indices of the residents in ascending order; all pages where all fit, otherwise none that is never read.
@@ -45,9 +50,9 @@ def spread_residents(
     """
     if sum(page_bytes) <= capacity_bytes:
         return tuple(range(len(page_bytes)))
-    fitting = [floor for floor in _floors(page_bytes, reads) if floor.nbytes <= capacity_bytes]
+    fitting = [floor for floor in _floors(page_bytes, reads, n_slots) if floor.nbytes <= capacity_bytes]
     if not fitting:
-        needed_bytes = smallest_capacity_bytes(page_bytes, reads)
+        needed_bytes = smallest_capacity_bytes(page_bytes, reads, n_slots)
         raise ValueError(f"{capacity_bytes} bytes are less than the {needed_bytes} needed")
     copies = _copies_per_iteration(reads)
     wanted = frozenset(preferred) & frozenset(copies)
@@ -61,9 +66,9 @@ def spread_residents(
     return tuple(sorted(best))
 
 
-def smallest_capacity_bytes(page_bytes: Sequence[int], reads: Sequence[Sequence[int]]) -> int:
+def smallest_capacity_bytes(page_bytes: Sequence[int], reads: Sequence[Sequence[int]], n_slots: int = MIN_SLOTS) -> int:
     """The least memory for which `spread_residents` finds a choice."""
-    return min(floor.nbytes for floor in _floors(page_bytes, reads))
+    return min(floor.nbytes for floor in _floors(page_bytes, reads, n_slots))
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,13 @@ class _Floor:
     nbytes: int
 
 
-def _floors(page_bytes: Sequence[int], reads: Sequence[Sequence[int]]) -> Iterator[_Floor]:
+def _floors(page_bytes: Sequence[int], reads: Sequence[Sequence[int]], least_slots: int) -> Iterator[_Floor]:
     """One floor per size of slots, the smallest first; without slots at all where that is 0."""
     read = {page for pages in reads for page in pages}
     for slot_bytes in sorted({0, *(page_bytes[page] for page in read)}):
         residents = frozenset(page for page in read if page_bytes[page] > slot_bytes)
         most_read = max((sum(page not in residents for page in pages) for pages in reads), default=0)
-        n_slots = min(max(MIN_SLOTS, most_read), len(read) - len(residents))
+        n_slots = min(max(least_slots, most_read), len(read) - len(residents))
         yield _Floor(residents, n_slots * slot_bytes + sum(page_bytes[page] for page in residents))
 
 

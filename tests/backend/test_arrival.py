@@ -98,10 +98,7 @@ def weak_storage(tensor: Tensor) -> Callable[[], bool]:
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """Let a plan without k find this much room for weights."""
-    monkeypatch.setattr("spcompile.capture.free_device_bytes", lambda _: nbytes)
-    monkeypatch.setattr("spcompile.capture.activation_bound_bytes", lambda _: 0)
-    monkeypatch.setattr("spcompile.capture.MARGIN_FRACTION", 0.0)
-    monkeypatch.setattr(PageStore, "device_bytes", lambda _: 0)
+    monkeypatch.setattr("spcompile.passes.make_schedule.free_capacity_bytes", lambda *_: nbytes)
 
 
 @WAYS

@@ -61,13 +61,19 @@ def call(model: nn.Module, mode: str | None = None, **options: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 3}, "unknown option 'layers'; allowed are k, m, device, compiler, verify"),
+        (
+            {"layers": 3},
+            "unknown option 'layers'; allowed are k, m, budget, max_slowdown, machine, device, compiler, verify",
+        ),
         ({"k": 0}, "option 'k' must be a whole number of pages, 1 or more, not 0"),
         ({"k": "2"}, "option 'k' must be a whole number of pages, 1 or more, not '2'"),
         ({"k": 2, "m": 3}, "option 'm' must be between 1 and k = 2, not 3"),
         ({"m": 1}, "option 'm' needs option 'k'"),
-        ({"budget": "8GiB"}, "option 'budget' is not available yet"),
-        ({"max_slowdown": 1.1}, "option 'max_slowdown' is not available yet"),
+        ({"budget": "8 cups"}, "option 'budget' must be a number of bytes or text such as '8GiB' or '7.5GB'"),
+        ({"k": 2, "budget": "8GiB"}, "options 'k' and 'budget' contradict each other: give one of them"),
+        ({"max_slowdown": 0.5}, "option 'max_slowdown' must be a number, 1 or more, not 0.5"),
+        ({"machine": "abacus"}, "option 'machine' must be one of h100, rtx4090 or a Machine, not 'abacus'"),
+        ({"budget": 100}, "option 'budget' = 100 B is too little: the smallest that can be kept is"),
         ({"compiler": "gcc"}, "option 'compiler' must be one of inductor, aot_eager, eager, not 'gcc'"),
         ({"verify": 1}, "option 'verify' must be True or False, not 1"),
         ({"device": "tpu"}, "option 'device' must be 'cuda', 'cuda:<index>' or 'cpu', not 'tpu'"),

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from spcompile.errors import OptionError
 from spcompile.ir import Action, ActionKind, Page, Plan, Step, Weight
-from spcompile.planner.make_plan import MAX_PERIOD, make_plan
+from spcompile.planner.make_plan import make_plan
 from spcompile.planner.residents import smallest_capacity_bytes, spread_residents
 from spcompile.planner.slots import slot_period
+from spcompile.planner.streaming import MAX_PERIOD
 from spcompile.planner.window import plan_window
 from spcompile.verify.plans import verify_plan
 from spcompile.verify.violations import render
@@ -205,10 +206,12 @@ def test_leftovers_are_taken_off_the_capacity() -> None:
 
 def test_capacity_too_small_names_the_least() -> None:
     with pytest.raises(
-        OptionError, match=r"^2,147 bytes .* too few: the smallest plan for this model needs 2,148 bytes$"
+        OptionError, match=r"^1,123 bytes .* too few: the smallest plan for this model needs 1,124 bytes$"
     ):
-        plan_of(chain(6), [KIB] * 6, capacity_bytes=2 * KIB + 99, leftover_bytes=100)
-    assert plan_of(chain(6), [KIB] * 6, capacity_bytes=2 * KIB + 100, leftover_bytes=100).residents == ()
+        plan_of(chain(6), [KIB] * 6, capacity_bytes=KIB + 99, leftover_bytes=100)
+    for capacity_bytes, k in ((KIB + 100, 1), (2 * KIB + 99, 1), (2 * KIB + 100, 2)):
+        plan = plan_of(chain(6), [KIB] * 6, capacity_bytes=capacity_bytes, leftover_bytes=100)
+        assert (plan.residents, plan.k) == ((), k)
 
 
 def test_window_by_capacity_widens_for_a_step_of_three_pages() -> None:

@@ -322,7 +322,7 @@ def test_wrong_plans_do_not_get_through_the_compiler(monkeypatch: pytest.MonkeyP
         if wrong is None:
             continue
         with monkeypatch.context() as patch:
-            patch.setattr(make_schedule_module, "make_plan", lambda wrong=wrong, **_: wrong)
+            patch.setattr(make_schedule_module, "place_graph", lambda *_, wrong=wrong, **__: wrong)
             if _is_rejected(k, m):
                 rejected.append(mutation.name)
             else:

@@ -1,0 +1,159 @@
+"""The placement that a number of bytes, or a slowdown, leads to.
+
+What: residents and window without k and m: the fastest plan that fits (`choose_fastest`), the smallest that is fast
+enough (`choose_leanest`), and the whole curve between them (`find_tradeoff`).
+
+How: memory is divided between residents, which need no copies, and slots, which let copies run ahead. Where the link
+is the limit each resident saves its bytes, and two slots keep the link busy; where compute is, a copy only has to be
+early enough. So for each of a few numbers of slots the rest of the memory is filled with residents, spread evenly
+(``residents.py``), each such plan is replayed on the machine (``simulate.py``), and the best one is taken. A single
+slot, in which nothing overlaps, is the last resort of a small budget: where the link is the limit it would save some
+bytes, but where the prediction errs it costs all overlap.
+
+The bound: for equal pages of one use each, and a given number of slots, no choice of residents moves fewer bytes; and
+no schedule takes less than the longer of its compute and its copies (`Simulation.bound_us`), which tests compare with.
+
+Without a machine nothing can be replayed: then the usual two slots are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from spcompile.errors import OptionError
+from spcompile.ir import Plan
+from spcompile.planner.residents import smallest_capacity_bytes, spread_residents
+from spcompile.planner.simulate import predict_iteration_us
+from spcompile.planner.streaming import stream
+
+SLOT_COUNTS = (2, 3, 4, 6, 8, 12)
+"""Numbers of slots that are tried: what a window gains from one more slot shrinks with their number."""
+
+CURVE_POINTS = 32
+"""Capacities for which the trade-off curve is worked out."""
+
+
+@dataclass(frozen=True)
+class TradeoffPoint:
+    """One plan on the curve of memory against time.
+
+    Attributes:
+        peak_bytes: as `Plan.peak_bytes`: the budget that leads to this plan.
+        iteration_us: predicted time of an iteration.
+        plan: the plan.
+    """
+
+    peak_bytes: int
+    iteration_us: float
+    plan: Plan
+
+
+def choose_fastest(graph: Plan, capacity_bytes: int, preferred: Collection[int] = ()) -> Plan:
+    """The plan with the shortest predicted iteration whose weights fit; of equally fast ones the one that moves least.
+
+    Args:
+        graph: what is to be placed; where it is placed so far does not matter.
+        capacity_bytes: device memory for weights, leftovers included.
+        preferred: pages to keep resident before all others.
+
+    Raises:
+        OptionError: even the smallest plan does not fit.
+    """
+    plans = list(_candidates(graph, capacity_bytes, preferred))
+    if not plans:
+        raise OptionError(
+            f"{capacity_bytes:,} bytes of device memory for weights are too few: the smallest plan for this model "
+            f"needs {least_capacity_bytes(graph):,} bytes"
+        )
+    return min(plans, key=_cost)
+
+
+def choose_leanest(
+    graph: Plan, max_slowdown: float, capacity_bytes: int | None = None, preferred: Collection[int] = ()
+) -> Plan:
+    """The plan that needs least memory among those that are predicted to be fast enough.
+
+    Args:
+        graph: what is to be placed, with a machine; where it is placed so far does not matter.
+        max_slowdown: times the compute of an iteration with all weights in place.
+        capacity_bytes: device memory for weights; None: as much as they take.
+        preferred: pages to keep resident before all others.
+
+    Raises:
+        OptionError: no plan that fits is fast enough.
+    """
+    compute_us = sum(step.compute_us for step in graph.steps)
+    fitting = [
+        point
+        for point in find_tradeoff(graph, preferred)
+        if capacity_bytes is None or point.plan.peak_weight_bytes <= capacity_bytes
+    ]
+    quick = [point for point in fitting if point.iteration_us <= max_slowdown * compute_us * (1 + 1e-9)]
+    if quick:
+        return min(quick, key=lambda point: (point.peak_bytes, point.iteration_us)).plan
+    reached = min((point.iteration_us / compute_us for point in fitting), default=None)
+    fastest = "no plan fits" if reached is None else f"the fastest plan that fits takes {reached:.2f} times as long"
+    raise OptionError(f"option 'max_slowdown' = {max_slowdown} cannot be kept in the memory that is free: {fastest}")
+
+
+def find_tradeoff(graph: Plan, preferred: Collection[int] = ()) -> tuple[TradeoffPoint, ...]:
+    """Memory against time: no point is both larger and slower than another one. From the smallest plan up.
+
+    Args:
+        graph: what is to be placed, with a machine; where it is placed so far does not matter.
+        preferred: pages to keep resident before all others.
+    """
+    assert graph.machine is not None, "times need a machine"
+    least_bytes = least_capacity_bytes(graph)
+    most_bytes = graph.leftovers_bytes + sum(page.slot_bytes for page in graph.pages)
+    tried: dict[Plan, TradeoffPoint] = {}
+    for index in range(CURVE_POINTS + 1):
+        capacity_bytes = least_bytes + (most_bytes - least_bytes) * index // CURVE_POINTS
+        for plan in _candidates(graph, capacity_bytes, preferred):
+            if plan not in tried:
+                tried[plan] = TradeoffPoint(plan.peak_bytes(), predict_iteration_us(plan, graph.machine), plan)
+    curve: list[TradeoffPoint] = []
+    for point in sorted(tried.values(), key=lambda each: (each.peak_bytes, each.iteration_us)):
+        if not curve or point.iteration_us < curve[-1].iteration_us * (1 - 1e-9):
+            curve.append(point)
+    return tuple(curve)
+
+
+def least_capacity_bytes(graph: Plan) -> int:
+    """Device memory for weights that the smallest plan needs."""
+    page_bytes = [page.slot_bytes for page in graph.pages]
+    reads = [step.reads for step in graph.steps]
+    return graph.leftovers_bytes + smallest_capacity_bytes(page_bytes, reads, 1)
+
+
+def _candidates(graph: Plan, capacity_bytes: int, preferred: Collection[int]) -> Iterator[Plan]:
+    page_bytes = [page.slot_bytes for page in graph.pages]
+    reads = [step.reads for step in graph.steps]
+    room_bytes = capacity_bytes - graph.leftovers_bytes
+    possible = [count for count in SLOT_COUNTS if smallest_capacity_bytes(page_bytes, reads, count) <= room_bytes]
+    counts = possible if graph.machine is not None else possible[:1]
+    if not possible and smallest_capacity_bytes(page_bytes, reads, 1) <= room_bytes:
+        counts = [1]
+    seen: set[tuple[tuple[int, ...], int]] = set()
+    for n_slots in counts:
+        residents = spread_residents(page_bytes, reads, room_bytes, preferred, n_slots)
+        k = _window_size(graph, residents, n_slots)
+        if (residents, k) not in seen:
+            seen.add((residents, k))
+            yield stream(graph, residents, k, 1)
+
+
+def _window_size(graph: Plan, residents: Collection[int], n_slots: int) -> int:
+    if len(residents) == len(graph.pages):
+        return len(graph.pages)
+    kept = frozenset(residents)
+    widest = max((sum(page not in kept for page in step.reads) for step in graph.steps), default=0)
+    return max(n_slots, widest)
+
+
+def _cost(plan: Plan) -> tuple[float, int]:
+    if plan.machine is None:
+        return 0.0, plan.bytes_moved
+    # Predictions are not exact to the microsecond: what is as fast within a thousandth counts as equally fast.
+    return float(f"{predict_iteration_us(plan, plan.machine):.3g}"), plan.bytes_moved

@@ -1,0 +1,86 @@
+"""From residents, k and m to the stays of the streamed pages and their slots.
+
+What: the part of a plan that follows once it is decided what stays. Explicit k and m, and every placement that a budget
+leads to, come through here.
+How: the window over the streamed pages (``window.py``), then slots for its stays (``slots.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from spcompile.errors import OptionError
+from spcompile.ir import Interval, Page, Plan, Slot, Step
+from spcompile.planner.slots import assign_slots, hold_slots, slot_period
+from spcompile.planner.window import plan_window
+
+MAX_PERIOD = 256
+"""Where slots would repeat after more iterations than this, and than k, they are held fast instead. A chain never
+needs more than k; an irregular order may need millions, and the plan lists the slots of every phase."""
+
+
+def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
+    """The plan with these residents and everything else streamed through a window.
+
+    Args:
+        plan: pages, steps and costs; how it streams so far does not matter.
+        residents: indices of the pages that stay on the device.
+        k, m: the window's, as in `spcompile.planner.window.plan_window`. With all pages resident nothing moves.
+
+    Raises:
+        OptionError: k is less than the most streamed pages that one step reads.
+    """
+    kept = frozenset(residents)
+    streamed = [tuple(page for page in step.reads if page not in kept) for step in plan.steps]
+    _check_window(plan.steps, streamed, k)
+    intervals, period = _intervals(streamed, k, m, plan.wraps)
+    return replace(
+        plan,
+        k=k,
+        m=m,
+        residents=tuple(sorted(kept)),
+        intervals=intervals,
+        period=period,
+        slots=_slots(plan.pages, intervals),
+    )
+
+
+def _check_window(steps: Sequence[Step], streamed: Sequence[Sequence[int]], k: int) -> None:
+    index = max(range(len(steps)), key=lambda step: len(streamed[step]), default=None)
+    if index is None or len(streamed[index]) <= k:
+        return
+    most = len(streamed[index])
+    where = f"segment {steps[index].segment!r} (step {index}) reads {most} pages at once"
+    raise OptionError(f"option 'k' must be at least {most} for this model, not {k}: {where}")
+
+
+def _intervals(streamed: Sequence[Sequence[int]], k: int, m: int, wraps: bool) -> tuple[tuple[Interval, ...], int]:
+    """The stays with their slots, and after how many iterations the slots repeat."""
+    if not any(streamed):
+        return (), 1
+    n_steps = len(streamed)
+    stays = plan_window(streamed, k, m, wraps)
+    if wraps and slot_period(stays, n_steps) > max(k, MAX_PERIOD):
+        stays, slots = hold_slots(stays, n_steps)
+        period = 1
+    else:
+        slots, period = assign_slots(stays, n_steps, k, wraps)
+    intervals = zip(stays, slots, strict=True)
+    return tuple(Interval(stay.page, stay.start_step, stay.end_step, own) for stay, own in intervals), period
+
+
+def _slots(pages: Sequence[Page], intervals: Sequence[Interval]) -> tuple[Slot, ...]:
+    """The slots that the intervals name, side by side, each as large as the largest page that it ever holds.
+
+    Where the period is 1, an embedding table that is larger than the layers so makes one slot large and not all.
+    """
+    sizes_bytes: dict[int, int] = {}
+    for interval in intervals:
+        for slot in interval.slots:
+            sizes_bytes[slot] = max(sizes_bytes.get(slot, 0), pages[interval.page].slot_bytes)
+    slots, end_bytes = [], 0
+    for index in range(len(sizes_bytes)):
+        slots.append(Slot(end_bytes, sizes_bytes[index]))
+        end_bytes += sizes_bytes[index]
+    return tuple(slots)

@@ -1,0 +1,161 @@
+"""A budget in bytes, or a slowdown, is enough: same results, less memory, and a clear answer where it is too little."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spcompile
+from spcompile.backend import BackendError
+from spcompile.ir import Plan
+
+WIDTH = 64
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(torch.relu(self.up(x)))
+        return y
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(n_layers: int = 6) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(n_layers))).eval()
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    options = {"compiler": "eager", "device": "cpu", **options}
+    fast: Callable[..., Any] = torch.compile(model, backend="superpipeline", options=options)
+    return fast
+
+
+def planned(model: nn.Module, x: Tensor, **options: Any) -> Plan:
+    with torch.no_grad():
+        plan: Plan = spcompile.plan(model, (x,), device="cpu", compiler="eager", **options)
+    return plan
+
+
+def test_any_budget_that_can_be_kept_gives_the_same_numbers() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    everything = planned(model, x, k=100).peak_bytes()
+    least = planned(model, x, k=1).peak_bytes()
+    for budget in range(least, everything + 10_000, (everything - least) // 3):
+        torch._dynamo.reset()
+        fast = compiled(spcompile.offload(make(), device="cpu"), budget=budget)
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(fast(x), make()(x))
+        assert spcompile.plan(fast).peak_bytes() <= budget
+
+
+def test_in_training_gradients_count() -> None:
+    model, x = spcompile.offload(make(), device="cpu"), torch.randn(3, WIDTH)
+    fast = compiled(model, budget=500_000)
+    fast(x).sum().backward()
+    plain = make()
+    plain(x).sum().backward()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert torch.equal(mine.grad, other.grad)
+    plans = spcompile.plan(fast)
+    assert isinstance(plans, tuple)
+    forward, backward = plans
+    assert forward.peak_bytes() < backward.peak_bytes() <= 500_000
+    assert backward.activations_bytes >= sum(parameter.nbytes for parameter in plain.parameters())
+
+
+def test_more_memory_moves_less() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    curve = planned(model, x, k=2).tradeoff()
+    moved = [point.plan.bytes_moved for point in curve]
+    assert len(curve) > 3
+    assert moved == sorted(moved, reverse=True)
+    assert moved[-1] == 0
+    for point in curve:
+        plan = planned(model, x, budget=point.peak_bytes)
+        assert plan.peak_bytes() <= point.peak_bytes
+        assert plan.bytes_moved <= point.plan.bytes_moved
+
+
+def test_a_budget_that_is_too_little_says_what_would_do() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    with pytest.raises(BackendError, match=r"option 'budget' = 9\.77 KiB is too little") as caught, torch.no_grad():
+        compiled(model, budget=10_000)(x)
+    message = str(caught.value)
+    assert "for the values of segment" in message
+    match = re.search(r"the smallest that can be kept is ([\d,]+) bytes", message)
+    assert match is not None
+    least = int(match[1].replace(",", ""))
+    with torch.no_grad():
+        assert torch.equal(compiled(model, budget=least)(x), make()(x))
+    with pytest.raises(BackendError, match=f"{least:,} bytes"), torch.no_grad():
+        compiled(model, budget=least - 1)(x)
+
+
+def test_the_least_memory_for_a_slowdown() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    sizes = [planned(model, x, max_slowdown=slowdown).peak_bytes() for slowdown in (1.0, 3.0, 100.0)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+    with torch.no_grad():
+        assert torch.equal(compiled(model, max_slowdown=100.0)(x), make()(x))
+
+
+def test_another_machine_plans_otherwise() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    fast, slow = (planned(model, x, k=2, machine=name) for name in ("h100", "rtx4090"))
+    assert fast.machine is not None
+    assert slow.machine is not None
+    assert fast.machine.name == "h100"
+    assert sum(step.compute_us for step in slow.steps) >= sum(step.compute_us for step in fast.steps)
+    assert slow.tradeoff()[0].iteration_us > fast.tradeoff()[0].iteration_us
+
+
+def test_the_peak_in_the_graph_s_own_sizes() -> None:
+    model = make()
+    plans = {}
+    for rows in (3, 50):
+        torch._dynamo.reset()
+        x = torch.randn(rows, WIDTH)
+        torch._dynamo.mark_dynamic(x, 0)
+        plans[rows] = planned(model, x, k=2)
+    one, other = plans[3], plans[50]
+    ((name, rows),) = one.sizes
+    assert rows == 3
+    assert one.peak_bytes(**{name: 50}) == other.peak_bytes()
+    assert one.peak_expr.subs(one.peak_expr.free_symbols.pop(), 50) == other.peak_bytes()
+    assert one.peak_bytes() < other.peak_bytes()
+    assert Plan.from_json(one.to_json()) == one
+    with pytest.raises(ValueError, match="unknown size 'batch'"):
+        one.peak_bytes(batch=2)
+
+
+def test_a_budget_and_a_second_graph_share_residents() -> None:
+    model = spcompile.offload(make(), device="cpu")
+    budget = planned(model, torch.randn(3, WIDTH), k=1).peak_bytes() + 2 * 4 * 2 * WIDTH * WIDTH + 4096
+    fast = compiled(model, budget=budget)
+    with torch.no_grad():
+        for rows in (3, 5, 3, 5):
+            x = torch.randn(rows, WIDTH)
+            assert torch.equal(fast(x), make()(x))
+    plans = spcompile.plan(fast)
+    assert isinstance(plans, tuple)
+    assert len({plan.residents for plan in plans}) == 1

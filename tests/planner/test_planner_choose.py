@@ -1,0 +1,134 @@
+"""Placements by memory and by slowdown: right, within their memory, and as fast as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spcompile.errors import OptionError
+from spcompile.ir import Machine, Page, Plan, Step, Weight
+from spcompile.planner.choose import choose_fastest, choose_leanest, find_tradeoff, least_capacity_bytes
+from spcompile.planner.machine import PROFILES, find_machine
+from spcompile.planner.simulate import predict_iteration_us, simulate
+from spcompile.planner.streaming import stream
+from spcompile.verify.plans import verify_plan
+from tests.planner.planner_cases import READS, Reads, chain
+
+MIB = 2**20
+
+MACHINE = replace(PROFILES["h100"], copy_us=0.0, h2d_bytes_per_s=1e6 * MIB)  # one MiB in a microsecond
+
+
+def graph_of(
+    reads: Reads, mib: Sequence[int], step_us: Sequence[float], machine: Machine | None = MACHINE, wraps: bool = True
+) -> Plan:
+    """A graph of pages with these sizes, none of them placed."""
+    pages = tuple(Page(f"p{index}", (Weight(f"w{index}", size * MIB),)) for index, size in enumerate(mib))
+    steps = tuple(
+        Step(f"s{index}", None, pages_read, us)
+        for index, (pages_read, us) in enumerate(zip(reads, step_us, strict=True))
+    )
+    return Plan("cuda:0", 1, 1, wraps, pages, (), (), steps, (), 1, (), machine)
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Plan:
+    reads = draw(READS)
+    n_pages = 1 + max((page for pages in reads for page in pages), default=-1)
+    mib = draw(st.lists(st.integers(1, 4), min_size=n_pages, max_size=n_pages))
+    step_us = draw(st.lists(st.sampled_from((0.5, 1.0, 3.0, 8.0)), min_size=len(reads), max_size=len(reads)))
+    return graph_of(reads, mib, step_us, wraps=draw(st.booleans()))
+
+
+@given(graphs(), st.integers(1, 12))
+def test_the_fastest_plan_is_right_and_fits(graph: Plan, mib: int) -> None:
+    capacity_bytes = mib * MIB
+    if capacity_bytes < least_capacity_bytes(graph):
+        with pytest.raises(OptionError, match=f"needs {least_capacity_bytes(graph):,} bytes"):
+            choose_fastest(graph, capacity_bytes)
+        capacity_bytes = least_capacity_bytes(graph)
+    plan = choose_fastest(graph, capacity_bytes)
+    assert not verify_plan(plan, capacity_bytes)
+    assert simulate(plan, MACHINE).iteration_us >= simulate(plan, MACHINE).bound_us * (1 - 1e-9)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from((0.25, 0.5, 1.0, 1.5, 3.0)))
+def test_alike_layers_against_all_choices(n_pages: int, slots: int, step_us: float) -> None:
+    """Any set of residents, any window of two slots or more: none is faster."""
+    graph = graph_of(chain(n_pages), [1] * n_pages, [step_us] * n_pages)
+    best_us = min(
+        predict_iteration_us(stream(graph, residents, k, 1), MACHINE)
+        for count in range(n_pages + 1)
+        for residents in combinations(range(n_pages), count)
+        for k in range(min(2, n_pages, slots), n_pages + 1)
+        if count == n_pages or count + k <= slots
+        if count < n_pages or n_pages <= slots
+    )
+    found_us = predict_iteration_us(choose_fastest(graph, slots * MIB), MACHINE)
+    assert found_us <= best_us * 1.005
+
+
+@given(graphs())
+def test_the_curve_falls(graph: Plan) -> None:
+    curve = find_tradeoff(graph)
+    for smaller, larger in pairwise(curve):
+        assert smaller.peak_bytes < larger.peak_bytes
+        assert smaller.iteration_us > larger.iteration_us
+    for point in curve:
+        assert not verify_plan(point.plan, point.peak_bytes)
+        assert point.peak_bytes == point.plan.peak_bytes()
+
+
+@given(graphs(), st.sampled_from((1.0, 1.02, 1.5, 3.0)))
+def test_the_leanest_plan_is_fast_enough_and_smallest(graph: Plan, slowdown: float) -> None:
+    compute_us = sum(step.compute_us for step in graph.steps)
+    plan = choose_leanest(graph, slowdown)
+    assert predict_iteration_us(plan, MACHINE) <= compute_us * slowdown * (1 + 1e-6)
+    for point in find_tradeoff(graph):
+        if point.peak_bytes < plan.peak_bytes():
+            assert point.iteration_us > compute_us * slowdown
+
+
+def test_a_slowdown_that_cannot_be_kept() -> None:
+    graph = graph_of(chain(6), [1] * 6, [0.1] * 6)
+    with pytest.raises(OptionError, match=r"'max_slowdown' = .* cannot be kept .* the fastest plan that fits takes"):
+        choose_leanest(graph, 1.5, capacity_bytes=3 * MIB)
+    with pytest.raises(OptionError, match="no plan fits"):
+        choose_leanest(graph, 1.02, capacity_bytes=1)
+
+
+def test_where_the_link_is_the_limit_each_resident_counts() -> None:
+    plan = choose_fastest(graph_of(chain(8), [1] * 8, [0.01] * 8), 5 * MIB)
+    assert (len(plan.residents), plan.k) == (3, 2)
+
+
+def test_one_slot_is_the_last_resort() -> None:
+    plan = choose_fastest(graph_of(chain(8), [1] * 8, [1.0] * 8), MIB)
+    assert (plan.residents, plan.k) == ((), 1)
+    assert predict_iteration_us(plan, MACHINE) == pytest.approx(16.0)
+
+
+def test_where_compute_is_the_limit_copies_hide_behind_it() -> None:
+    plan = choose_fastest(graph_of(chain(8), [1] * 8, [3.0] * 8), 4 * MIB)
+    assert predict_iteration_us(plan, MACHINE) == pytest.approx(24.0)
+    leanest = choose_leanest(graph_of(chain(8), [1] * 8, [3.0] * 8), 1.0)
+    assert leanest.peak_bytes() <= 3 * MIB
+
+
+def test_without_a_machine_there_are_two_slots() -> None:
+    plan = choose_fastest(graph_of(chain(8), [1] * 8, [0.0] * 8, machine=None), 4 * MIB)
+    assert (len(plan.residents), plan.k) == (2, 2)
+    with pytest.raises(OptionError, match="needs a machine"):
+        plan.tradeoff()
+
+
+def test_machines_by_name() -> None:
+    assert find_machine("rtx4090").name == "rtx4090"
+    assert find_machine(MACHINE) is MACHINE
+    with pytest.raises(OptionError, match="one of h100, rtx4090 or a Machine, not 'tpu'"):
+        find_machine("tpu")
