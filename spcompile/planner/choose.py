@@ -25,7 +25,7 @@ from spcompile.errors import OptionError
 from spcompile.ir import Plan
 from spcompile.planner.residents import smallest_capacity_bytes, spread_residents
 from spcompile.planner.simulate import predict_iteration_us
-from spcompile.planner.streaming import stream
+from spcompile.planner.streaming import stream, stream_in_room
 
 SLOT_COUNTS = (2, 3, 4, 6, 8, 12)
 """Numbers of slots that are tried: what a window gains from one more slot shrinks with their number."""
@@ -135,21 +135,25 @@ def _candidates(graph: Plan, capacity_bytes: int, preferred: Collection[int]) ->
     counts = possible if graph.machine is not None else possible[:1]
     if not possible and smallest_capacity_bytes(page_bytes, reads, 1) <= room_bytes:
         counts = [1]
-    seen: set[tuple[tuple[int, ...], int]] = set()
+    seen: set[tuple[int, ...]] = set()
     for n_slots in counts:
         residents = spread_residents(page_bytes, reads, room_bytes, preferred, n_slots)
-        k = _window_size(graph, residents, n_slots)
-        if (residents, k) not in seen:
-            seen.add((residents, k))
-            yield stream(graph, residents, k, 1)
+        if residents in seen:
+            continue
+        seen.add(residents)
+        if len(residents) == len(graph.pages):
+            yield stream(graph, residents, len(graph.pages), 1)
+            continue
+        try:
+            yield stream_in_room(graph, residents, room_bytes - sum(page_bytes[page] for page in residents))
+        except ValueError:  # too much is lost between pages of different sizes: equal slots always fit
+            yield stream(graph, residents, max(n_slots, _widest(graph, residents)), 1)
 
 
-def _window_size(graph: Plan, residents: Collection[int], n_slots: int) -> int:
-    if len(residents) == len(graph.pages):
-        return len(graph.pages)
+def _widest(graph: Plan, residents: Collection[int]) -> int:
+    """Most streamed pages that one step reads."""
     kept = frozenset(residents)
-    widest = max((sum(page not in kept for page in step.reads) for step in graph.steps), default=0)
-    return max(n_slots, widest)
+    return max((sum(page not in kept for page in step.reads) for step in graph.steps), default=0)
 
 
 def _cost(plan: Plan) -> tuple[float, int]:

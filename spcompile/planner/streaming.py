@@ -1,8 +1,8 @@
-"""From residents, k and m to the stays of the streamed pages and their slots.
+"""From what stays to the stays of the streamed pages and their slots.
 
-What: the part of a plan that follows once it is decided what stays. Explicit k and m, and every placement that a budget
-leads to, come through here.
-How: the window over the streamed pages (``window.py``), then slots for its stays (``slots.py``).
+What: the part of a plan that follows once residents are chosen. With k and m, a window that counts pages
+(``window.py``) and slots for its stays (``slots.py``). With room in bytes, copies as early as they fit (``early.py``),
+each at an address of its own (``packing.py``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from spcompile.errors import OptionError
-from spcompile.ir import Interval, Page, Plan, Slot, Step
-from spcompile.planner.slots import assign_slots, hold_slots, slot_period
+from spcompile.ir import ALIGNMENT_BYTES, Interval, Page, Plan, Slot, Step
+from spcompile.planner.early import start_early, visits_of
+from spcompile.planner.packing import pack
+from spcompile.planner.slots import assign_slots, hold_slots, most_held, slot_period
 from spcompile.planner.window import plan_window
 
 MAX_PERIOD = 256
@@ -43,6 +45,48 @@ def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
         intervals=intervals,
         period=period,
         slots=_slots(plan.pages, intervals),
+    )
+
+
+def stream_in_room(plan: Plan, residents: Collection[int], room_bytes: int) -> Plan:
+    """The plan with these residents and everything else streamed through so much memory.
+
+    Args:
+        plan: pages, steps and costs; how it streams so far does not matter.
+        residents: indices of the pages that stay on the device.
+        room_bytes: most bytes of the arena.
+
+    Raises:
+        ValueError: some step needs more room.
+    """
+    kept = frozenset(residents)
+    n_steps = len(plan.steps)
+    visits = visits_of([[page for page in step.reads if page not in kept] for step in plan.steps])
+    sizes_bytes = [plan.pages[visit.page].slot_bytes for visit in visits]
+    usable_bytes = room_bytes
+    while True:
+        stays = start_early(visits, sizes_bytes, n_steps, usable_bytes, plan.wraps)
+        packing = pack(stays, sizes_bytes, n_steps, wraps=plan.wraps)
+        if packing.arena_bytes <= room_bytes:
+            break
+        # What lies between the pages is lost. With less to hold it is less, too.
+        usable_bytes = min(usable_bytes - ALIGNMENT_BYTES, usable_bytes * room_bytes // packing.arena_bytes)
+    places = zip(packing.offsets_bytes, sizes_bytes, strict=True)
+    slots_of = [[Slot(offset_bytes, nbytes) for offset_bytes in offsets] for offsets, nbytes in places]
+    slots = list(dict.fromkeys(slot for own in slots_of for slot in own))
+    index_of = {slot: index for index, slot in enumerate(slots)}
+    intervals = tuple(
+        Interval(stay.page, stay.start_step, stay.end_step, tuple(map(index_of.__getitem__, own)))
+        for stay, own in zip(stays, slots_of, strict=True)
+    )
+    return replace(
+        plan,
+        k=max(1, most_held(stays, n_steps)),
+        m=1,
+        residents=tuple(sorted(kept)),
+        intervals=intervals,
+        period=packing.period,
+        slots=tuple(slots),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,6 +65,44 @@ def test_any_budget_that_can_be_kept_gives_the_same_numbers() -> None:
             for _ in range(3):
                 assert torch.equal(fast(x), make()(x))
         assert spcompile.plan(fast).peak_bytes() <= budget
+
+
+class Uneven(nn.Module):
+    """Layers of different sizes, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 256, 64, 512, 32, 128, 384, 32)
+        self.layers = nn.ModuleList(nn.Linear(one, other) for one, other in pairwise((WIDTH, *widths)))
+        self.again = nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+            x = self.again(x)
+        return x
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_pages_of_different_sizes_share_memory_by_time(wraps: bool) -> None:
+    torch.manual_seed(0)
+    plain, x = Uneven().requires_grad_(False), torch.randn(3, WIDTH)
+    curve = planned(plain, x, k=4).tradeoff()
+    overlapping = 0
+    for point in curve[:: max(1, len(curve) // 8)]:
+        torch._dynamo.reset()
+        model = spcompile.offload(copy.deepcopy(plain), device="cpu")
+        fast = compiled(model, budget=point.peak_bytes)
+        with torch.set_grad_enabled(not wraps):
+            for _ in range(4):
+                assert torch.equal(fast(x), plain(x))
+        plan = spcompile.plan(fast)
+        assert isinstance(plan, Plan)
+        assert plan.peak_bytes() <= point.peak_bytes
+        slots = sorted(plan.slots, key=lambda slot: slot.offset_bytes)
+        overlapping += any(one.offset_bytes + one.nbytes > other.offset_bytes for one, other in pairwise(slots))
+    assert overlapping
 
 
 def test_in_training_gradients_count() -> None:
