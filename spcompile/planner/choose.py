@@ -22,13 +22,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from spcompile.errors import OptionError
-from spcompile.ir import Plan
+from spcompile.ir import Plan, align
 from spcompile.planner.residents import smallest_capacity_bytes, spread_residents
 from spcompile.planner.simulate import predict_iteration_us
 from spcompile.planner.streaming import stream, stream_in_room
 
 SLOT_COUNTS = (2, 3, 4, 6, 8, 12)
 """Numbers of slots that are tried: what a window gains from one more slot shrinks with their number."""
+
+ROOM_PERCENTS = (100, 105, 110, 120, 140, 170)
+"""Room that is tried for the smallest plan, in percent of what its steps read at once."""
 
 CURVE_POINTS = 32
 """Capacities for which the trade-off curve is worked out."""
@@ -106,10 +109,9 @@ def find_tradeoff(graph: Plan, preferred: Collection[int] = ()) -> tuple[Tradeof
     """
     assert graph.machine is not None, "times need a machine"
     least_bytes = least_capacity_bytes(graph)
-    most_bytes = graph.leftovers_bytes + sum(page.slot_bytes for page in graph.pages)
     tried: dict[Plan, TradeoffPoint] = {}
     for index in range(CURVE_POINTS + 1):
-        capacity_bytes = least_bytes + (most_bytes - least_bytes) * index // CURVE_POINTS
+        capacity_bytes = least_bytes + (graph.weights_bytes - least_bytes) * index // CURVE_POINTS
         for plan in _candidates(graph, capacity_bytes, preferred):
             if plan not in tried:
                 tried[plan] = TradeoffPoint(plan.peak_bytes(), predict_iteration_us(plan, graph.machine), plan)
@@ -122,28 +124,44 @@ def find_tradeoff(graph: Plan, preferred: Collection[int] = ()) -> tuple[Tradeof
 
 def least_capacity_bytes(graph: Plan) -> int:
     """Device memory for weights that the smallest plan needs."""
-    page_bytes = [page.slot_bytes for page in graph.pages]
-    reads = [step.reads for step in graph.steps]
-    return graph.leftovers_bytes + smallest_capacity_bytes(page_bytes, reads, 1)
+    return _smallest(graph).peak_weight_bytes
+
+
+def _smallest(graph: Plan) -> Plan:
+    """Everything streamed through as little as its steps read at once; or all resident where that is less, as room for
+    what is streamed is rounded up."""
+    everything = stream(graph, range(len(graph.pages)), len(graph.pages), 1)
+    widest_bytes = max((sum(graph.pages[page].slot_bytes for page in step.reads) for step in graph.steps), default=0)
+    plans = [everything, stream(graph, (), max(1, _widest(graph, ())), 1)]
+    for percent in ROOM_PERCENTS:
+        try:
+            plans.append(stream_in_room(graph, (), align(widest_bytes * percent // 100)))
+            break
+        except ValueError:  # too much is lost between pages of different sizes
+            continue
+    return min(plans, key=lambda plan: plan.peak_weight_bytes)
 
 
 def _candidates(graph: Plan, capacity_bytes: int, preferred: Collection[int]) -> Iterator[Plan]:
     page_bytes = [page.slot_bytes for page in graph.pages]
     reads = [step.reads for step in graph.steps]
     room_bytes = capacity_bytes - graph.leftovers_bytes
+    if graph.weights_bytes <= capacity_bytes:
+        yield stream(graph, range(len(graph.pages)), len(graph.pages), 1)
+        return
     possible = [count for count in SLOT_COUNTS if smallest_capacity_bytes(page_bytes, reads, count) <= room_bytes]
     counts = possible if graph.machine is not None else possible[:1]
     if not possible and smallest_capacity_bytes(page_bytes, reads, 1) <= room_bytes:
         counts = [1]
+    if not counts:
+        smallest = _smallest(graph)
+        yield from [smallest] if smallest.peak_weight_bytes <= capacity_bytes else []
     seen: set[tuple[int, ...]] = set()
     for n_slots in counts:
         residents = spread_residents(page_bytes, reads, room_bytes, preferred, n_slots)
         if residents in seen:
             continue
         seen.add(residents)
-        if len(residents) == len(graph.pages):
-            yield stream(graph, residents, len(graph.pages), 1)
-            continue
         try:
             yield stream_in_room(graph, residents, room_bytes - sum(page_bytes[page] for page in residents))
         except ValueError:  # too much is lost between pages of different sizes: equal slots always fit

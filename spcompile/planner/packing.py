@@ -450,6 +450,8 @@ def _bound_of_places_bytes(problem: _Problem) -> int:
     arena is a multiple of their greatest common divisor.
     """
     divisor = math.gcd(*problem.sizes_bytes)
+    if not divisor:  # nothing but empty pages
+        return 0
     best_bytes = 0
     for smallest_bytes in sorted(set(problem.sizes_bytes), reverse=True)[:LARGEST]:
         chosen = [index for index, nbytes in enumerate(problem.sizes_bytes) if nbytes >= smallest_bytes]

@@ -71,22 +71,22 @@ def stream_in_room(plan: Plan, residents: Collection[int], room_bytes: int) -> P
             break
         # What lies between the pages is lost. With less to hold it is less, too.
         usable_bytes = min(usable_bytes - ALIGNMENT_BYTES, usable_bytes * room_bytes // packing.arena_bytes)
-    places = zip(packing.offsets_bytes, sizes_bytes, strict=True)
-    slots_of = [[Slot(offset_bytes, nbytes) for offset_bytes in offsets] for offsets, nbytes in places]
-    slots = list(dict.fromkeys(slot for own in slots_of for slot in own))
-    index_of = {slot: index for index, slot in enumerate(slots)}
-    intervals = tuple(
-        Interval(stay.page, stay.start_step, stay.end_step, tuple(map(index_of.__getitem__, own)))
-        for stay, own in zip(stays, slots_of, strict=True)
-    )
+    # One slot for each place that is taken, at whatever times; places of nothing are all alike, but not the same.
+    slots: dict[tuple[Slot, int | None], int] = {}
+    intervals = []
+    for index, (stay, offsets_bytes) in enumerate(zip(stays, packing.offsets_bytes, strict=True)):
+        nbytes = sizes_bytes[index]
+        keys = [(Slot(offset_bytes, nbytes), None if nbytes else index) for offset_bytes in offsets_bytes]
+        own = tuple(slots.setdefault(key, len(slots)) for key in keys)
+        intervals.append(Interval(stay.page, stay.start_step, stay.end_step, own))
     return replace(
         plan,
         k=max(1, most_held(stays, n_steps)),
         m=1,
         residents=tuple(sorted(kept)),
-        intervals=intervals,
+        intervals=tuple(intervals),
         period=packing.period,
-        slots=tuple(slots),
+        slots=tuple(slot for slot, _ in slots),
     )
 
 

@@ -16,6 +16,8 @@ from hypothesis import assume, event, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import spcompile
+from spcompile.planner.choose import least_capacity_bytes
 from tests.models import Spec, specs
 from tests.running import Run, compile_offloaded, expected_events, with_steps
 
@@ -38,6 +40,29 @@ def test_inference_is_exact(spec: Spec, k: int, m: int, seed: int, guard: type) 
             assert torch.equal(actual, expected), f"iteration {iteration}"
     assert_same_buffers(model, plain)
     assert_events_as_planned(run, iterations=3)
+    event(f"period {run.plan.period}")
+    event("streamed" if run.plan.intervals else "resident")
+
+
+@settings(max_examples=30)
+@given(spec=specs(), part=st.floats(0, 1), seed=st.integers(0, 2**16))
+def test_any_budget_is_exact(spec: Spec, part: float, seed: int) -> None:
+    """Pages of different sizes then share bytes of the arena by time."""
+    model = spec.build().eval()
+    plain = copy.deepcopy(model)
+    x = spec.inputs()
+    with torch.no_grad():
+        plan = spcompile.plan(model, (x,), k=10**6, device="cpu", compiler="eager")
+        torch._dynamo.reset()
+        smallest = plan.beside_bytes() + least_capacity_bytes(plan)
+        budget = int(smallest + part * max(0, plan.peak_bytes() - smallest))
+        run = compile_offloaded(model, budget=budget, seed=seed)
+        for iteration in range(3):
+            expected, actual = plain(x), run.model(x)
+            assert torch.equal(actual, expected), f"iteration {iteration}"
+    assert_same_buffers(model, plain)
+    assert_events_as_planned(run, iterations=3)
+    assert run.plan.peak_bytes() <= budget
     event(f"period {run.plan.period}")
     event("streamed" if run.plan.intervals else "resident")
 

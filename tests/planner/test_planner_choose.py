@@ -132,3 +132,21 @@ def test_machines_by_name() -> None:
     assert find_machine(MACHINE) is MACHINE
     with pytest.raises(OptionError, match="one of h100, rtx4090 or a Machine, not 'tpu'"):
         find_machine("tpu")
+
+
+def test_empty_pages_have_places_of_their_own() -> None:
+    """Places of no bytes at one address were taken for one slot."""
+    graph = graph_of(((0, 1), (0, 2, 3)), [0, 1, 0, 1], [1.0, 1.0])
+    plan = choose_fastest(graph, least_capacity_bytes(graph))
+    assert not verify_plan(plan, least_capacity_bytes(graph))
+    nothing = graph_of(((0,),), [0], [1.0])
+    assert choose_fastest(nothing, 0).peak_weight_bytes == 0
+
+
+def test_the_smallest_plan_is_not_larger_than_everything() -> None:
+    """Slots are rounded up, residents are not: for tiny pages streaming takes more."""
+    pages = tuple(Page(f"p{index}", (Weight(f"w{index}", 3),)) for index in range(2))
+    steps = tuple(Step(f"s{index}", None, (index,), 1.0) for index in range(2))
+    graph = Plan("cuda:0", 1, 1, True, pages, (), (), steps, (), 1, (), MACHINE)
+    assert least_capacity_bytes(graph) == 6
+    assert choose_fastest(graph, 6).residents == (0, 1)

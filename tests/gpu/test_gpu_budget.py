@@ -1,0 +1,100 @@
+"""Budgets on the GPU: kept, by ``torch.cuda.max_memory_allocated``, and predicted before any run."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spcompile
+from spcompile.ir import Plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+WIDTH = 1024
+
+
+class Block(nn.Module):
+    """A gated feed-forward layer of 24 MiB in bf16, with a norm before and a sum behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.gate = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        z: Tensor = x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return z
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    torch._dynamo.reset()
+
+
+def make() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(12))).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    return model, torch.randn(4096, WIDTH, device="cuda", dtype=torch.bfloat16)
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Most bytes allocated on the device during the second call."""
+    call()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.7, 1.0])
+def test_a_budget_is_kept(part: float, offloaded: bool) -> None:
+    model, x = make()
+    held = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")  # somebody else's
+    with torch.no_grad():
+        expected = torch.compile(copy.deepcopy(model), backend="superpipeline", options={"k": 100})(x)
+        torch._dynamo.reset()
+        gc.collect()
+        if offloaded:
+            spcompile.offload(model)
+        curve = spcompile.plan(model, (x,), k=2).tradeoff()
+        smallest, largest = curve[0].peak_bytes, curve[-1].peak_bytes
+        budget = int(smallest + part * (largest - smallest)) + expected.nbytes
+        fast: Any = torch.compile(model, backend="superpipeline", options={"budget": budget})
+        measured_bytes = peak_of(lambda: fast(x))
+        assert torch.equal(fast(x), expected)
+    plan = spcompile.plan(fast)
+    assert isinstance(plan, Plan)
+    assert plan.other_bytes >= held.nbytes
+    assert measured_bytes <= plan.peak_bytes() <= budget
+    assert plan.peak_bytes() <= measured_bytes * 1.15
+
+
+def test_the_least_memory_for_a_slowdown() -> None:
+    model, x = make()
+    with torch.no_grad():
+        spcompile.offload(model)
+        options: dict[str, Any] = {"max_slowdown": 1.5}
+        fast: Any = torch.compile(model, backend="superpipeline", options=options)
+        measured_bytes = peak_of(lambda: fast(x))
+    plan = spcompile.plan(fast)
+    assert isinstance(plan, Plan)
+    assert measured_bytes <= plan.peak_bytes()
