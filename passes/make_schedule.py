@@ -129,15 +129,15 @@ def _infeasible(graph: Plan, budget_bytes: int) -> str:
     """Why a budget cannot be kept, which could be, and what it is spent on."""
     weights_bytes = least_capacity_bytes(graph)
     least_bytes = graph.beside_bytes() + weights_bytes
-    page = max(graph.pages, key=lambda page: page.nbytes)
     message = (
         f"option 'budget' = {format_bytes(budget_bytes)} is too little: the smallest that can be kept is "
-        f"{least_bytes:,} bytes ({format_bytes(least_bytes)}), of which "
-        f"{format_bytes(weights_bytes)} are for weights (the largest page is {page.name!r} with "
-        f"{format_bytes(page.nbytes)})"
+        f"{least_bytes:,} bytes ({format_bytes(least_bytes)}), of which {format_bytes(weights_bytes)} are for weights"
     )
-    step = max(graph.steps, key=lambda step: step.activations_bytes)
-    if step.activations_bytes:
+    page = max(graph.pages, key=lambda page: page.nbytes, default=None)
+    if page is not None:
+        message += f" (the largest page is {page.name!r} with {format_bytes(page.nbytes)})"
+    step = max(graph.steps, key=lambda step: step.activations_bytes, default=None)
+    if step is not None and step.activations_bytes:
         message += f", and {format_bytes(step.activations_bytes)} for the values of segment {step.segment!r}"
     if graph.other_bytes:
         message += f", and {format_bytes(graph.other_bytes)} are held by other tensors of the process"

@@ -177,5 +177,5 @@ def _widest(graph: Plan, residents: Collection[int]) -> int:
 def _cost(plan: Plan) -> tuple[float, int]:
     if plan.machine is None:
         return 0.0, plan.bytes_moved
-    # Predictions are not exact to the microsecond: what is as fast within a thousandth counts as equally fast.
+    # Predictions are not that exact: what agrees in three digits counts as equally fast.
     return float(f"{predict_iteration_us(plan, plan.machine):.3g}"), plan.bytes_moved

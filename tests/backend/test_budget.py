@@ -199,3 +199,10 @@ def test_a_budget_and_a_second_graph_share_residents() -> None:
     plans = spcompile.plan(fast)
     assert isinstance(plans, tuple)
     assert len({plan.residents for plan in plans}) == 1
+
+
+def test_a_budget_for_a_model_without_weights() -> None:
+    with pytest.raises(BackendError, match="0 B are for weights"), torch.no_grad():
+        compiled(nn.Sequential(nn.ReLU(), nn.Tanh()), budget=1)(torch.randn(3, WIDTH))
+    with torch.no_grad():
+        assert compiled(nn.Sequential(nn.ReLU(), nn.Tanh()), budget="1MB")(torch.ones(3)).shape == (3,)
