@@ -9,6 +9,7 @@ that input's example is the model's own parameter, and its storage is the weight
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -20,20 +21,24 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.virtualized import V
 
 from spcompile.cuda_decompositions import Table, as_for_cuda
+from spcompile.errors import OffloadError
 from spcompile.graph import memory_roots, written_inputs
-from spcompile.ir import Page, Weight
+from spcompile.ir import Machine, Page, Weight
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.options import Options
 from spcompile.partition import partition
 from spcompile.passes.base import Program, WeightInput
 from spcompile.passes.make_schedule import LEFTOVER_FRACTION
-from spcompile.planner.machine import find_machine
+from spcompile.planner.machine import PROFILES, find_machine
 from spcompile.runtime.host import free_device_bytes
+from spcompile.runtime.measure import this_machine
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.weights import storage_key
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MACHINE = "h100"
-"""The profile that iterations are timed on where none is asked for."""
+"""The profile that iterations are timed on where none is asked for and nothing can be measured."""
 
 GraphCompiler = Callable[[fx.GraphModule, bool], Callable[..., Any]]
 """Takes an ATen graph, and whether the end of its iteration may prefetch for the next one (inference may)."""
@@ -146,9 +151,20 @@ class Capture:
         read = {each.weight for each in weights.values()}
         program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read)
         program.free_bytes = free_bytes
-        program.machine = find_machine(self.options.machine or DEFAULT_MACHINE)
+        program.machine = self._machine(device)
         program.other_bytes = self._other_bytes(device, store)
         return program
+
+    def _machine(self, device: torch.device) -> Machine:
+        """The one that was asked for, or the one that is here; a shipped profile where the GPU is not here, or full."""
+        if self.options.machine is not None:
+            return find_machine(self.options.machine)
+        if device.type == "cuda" and torch.cuda.is_available():
+            try:
+                return this_machine(device)
+            except (OffloadError, torch.OutOfMemoryError) as error:
+                logger.warning("%s cannot be measured (%s): planning as for %s", device, error, DEFAULT_MACHINE)
+        return PROFILES[DEFAULT_MACHINE]
 
     def _other_bytes(self, device: torch.device, store: PageStore | None) -> int:
         """What the process holds on the device that neither belongs to the model nor is an input."""

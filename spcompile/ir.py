@@ -127,6 +127,16 @@ class Machine:
     device_bytes: int
     host_bytes: int
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Machine:
+        """A machine from what `dataclasses.asdict` made of one, read from JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: fields are missing, unknown or not what they should be.
+        """
+        rates = tuple((str(dtype), float(rate)) for dtype, rate in fields["flops_per_s"])
+        return cls(**{**fields, "flops_per_s": rates})
+
     def copy_time_us(self, nbytes: int, *, both: bool = False) -> float:
         """Time of one copy to the device (or from it, if that is as fast) of ``nbytes``."""
         rate = self.both_bytes_per_s if both else self.h2d_bytes_per_s
@@ -384,7 +394,7 @@ class Plan:
                 intervals=tuple(
                     Interval(**{**each, "slots": tuple(each["slots"])}) for each in fields.pop("intervals")
                 ),
-                machine=_machine(fields.pop("machine")),
+                machine=None if (machine := fields.pop("machine")) is None else Machine.from_fields(machine),
                 sizes=_pairs(fields.pop("sizes")),
                 inputs=_pairs(fields.pop("inputs")),
                 activations=tuple(map(_pairs, fields.pop("activations"))),
@@ -436,10 +446,3 @@ def _weights(fields: list[dict[str, Any]]) -> tuple[Weight, ...]:
 
 def _pairs(fields: list[list[Any]]) -> tuple[tuple[str, int], ...]:
     return tuple((name, number) for name, number in fields)
-
-
-def _machine(fields: dict[str, Any] | None) -> Machine | None:
-    if fields is None:
-        return None
-    rates = tuple((dtype, rate) for dtype, rate in fields.pop("flops_per_s"))
-    return Machine(**fields, flops_per_s=rates)

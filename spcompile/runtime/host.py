@@ -90,6 +90,11 @@ def available_host_bytes() -> int:
     return max(0, min([_machine_available_bytes(), *_cgroup_available_bytes()]))
 
 
+def total_host_bytes() -> int:
+    """Host memory of the machine, whoever uses it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_host_memory(nbytes: int) -> None:
     """Refuse before an allocation rather than be killed after it.
 
