@@ -13,8 +13,8 @@ Why here, and last: the outer graph now has one call per step, so the plan's sch
                                         prefetch_1 = prefetch(runtime, 0, 'layers.0', ahead=1)
 
 How: the actions of `Plan.actions` are inserted in their order, each in front of the call of its step. A streamed page's
-weights in a call become the tuple that its load returned; resident pages and leftovers stay what they were, arguments
-of the graph: their memory is on the device.
+weights in a call become the tuple that its load returned. Resident pages and leftovers stay what they were, arguments
+of the graph: their memory is on the device. So do pages that a step reads in place: the arguments look at host memory.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def _read_loads(
             plan.intervals[index].page: load
             for index, load in loads.items()
             if plan.intervals[index].start_step <= step < plan.intervals[index].end_step
+            and plan.intervals[index].page in plan.needs(step)  # else it reads rows of it in place
         }
         for pack in nodes:
             args = (load_of.get(paged[arg], arg) if arg in paged else arg for arg in pack.args)  # type: ignore[index]

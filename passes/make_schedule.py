@@ -12,7 +12,8 @@ segment before it (a sum between two layers costs no segment of its own).
 
 **Pages** group weights by the set of labels of the segments that read them: a layer's own weights are one page, however
 often the layer runs; a weight tied between two places is a page of its own, so that neither place drags in the other's
-weights. Small weights outside the layers are leftovers: a copy of some KiB costs 15 us of link time whatever its size.
+weights. Tables outside the layers of which only rows are read are apart from what is read whole: they may be read in
+place. Small weights outside the layers are leftovers: a copy of some KiB costs 15 us of link time whatever its size.
 Cuts and pages never depend on k and m: plans of one model share compiled segments and host memory.
 
 The odd case: weights that the graph writes stay out of pages, and are used in place.
@@ -21,16 +22,16 @@ The odd case: weights that the graph writes stay out of pages, and are used in p
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import fx
 
-from spcompile.costs import SegmentCost, largest, segment_costs, symbol_hints, total_size
+from spcompile.costs import GATHERS, SegmentCost, largest, segment_costs, symbol_hints, total_size
 from spcompile.errors import OptionError
-from spcompile.graph import is_scalar
+from spcompile.graph import is_scalar, nbytes_of, tensors_of
 from spcompile.ir import Page, Plan, Step, Weight
 from spcompile.module_tree import readable_path
 from spcompile.passes.base import IN_PLACE, LAYER, SEGMENT, Program, written_weights
@@ -61,20 +62,22 @@ class _Run:
 def make_schedule(program: Program) -> None:
     """Cut the graph into runs, group weights into pages, and plan. Sets ``program.plan`` and ``node.meta[SEGMENT]``."""
     runs = _runs(program)
-    pages, leftovers = _pages(program, runs)
+    gathered = [_gathered_bytes(program, run) for run in runs]
+    pages, leftovers = _pages(program, runs, gathered)
     written = written_weights(program)
     page_of = {weight: index for index, page in enumerate(pages) for weight in page.weights if weight not in written}
     is_fused = program.options.compiler == "inductor"
     costs = segment_costs(program.graph, [run.nodes for run in runs], program.machine, is_fused)
     steps = []
     seen: dict[str, int] = {}
-    for index, (run, cost) in enumerate(zip(runs, costs, strict=True)):
+    for index, (run, cost, rows_bytes) in enumerate(zip(runs, costs, gathered, strict=True)):
         for node in run.nodes:
             node.meta[SEGMENT] = index
         count = seen[run.label] = seen.get(run.label, -1) + 1
         reads = dict.fromkeys(page_of[weight] for weight in run.reads if weight in page_of)
         name = f"{run.label}#{count}" if count else run.label
-        steps.append(Step(name, run.layer, tuple(reads), cost.compute_us, cost.activations_bytes))
+        gathers = tuple(_gathers(pages, tuple(reads), run.reads, rows_bytes))
+        steps.append(Step(name, run.layer, tuple(reads), cost.compute_us, cost.activations_bytes, gathers))
     unplaced = Plan(program.device, 1, 1, program.wraps, pages, leftovers, (), tuple(steps), (), 1, ())
     program.plan = _place(program, replace(unplaced, **_totals(program, costs)))
 
@@ -187,7 +190,36 @@ def _name_outside(runs: list[_Run]) -> list[_Run]:
     return runs
 
 
-def _pages(program: Program, runs: Sequence[_Run]) -> tuple[tuple[Page, ...], tuple[Weight, ...]]:
+def _gathered_bytes(program: Program, run: _Run) -> dict[Weight, int]:
+    """The weights of which a run only gathers rows, each with the bytes of those rows."""
+    weights = program.weight_nodes()
+    rows_bytes: dict[Weight, int] = {}
+    others: set[Weight] = set()
+    for node in run.nodes:
+        for source in node.all_input_nodes:
+            if source not in weights:
+                continue
+            weight = weights[source].weight
+            if node.target in GATHERS and node.args[0] is source:
+                rows_bytes[weight] = rows_bytes.get(weight, 0) + sum(map(nbytes_of, tensors_of(node)))
+            else:
+                others.add(weight)
+    return {weight: nbytes for weight, nbytes in rows_bytes.items() if weight not in others}
+
+
+def _gathers(
+    pages: Sequence[Page], indices: Iterable[int], read: Container[Weight], rows_bytes: Mapping[Weight, int]
+) -> Iterator[tuple[int, int]]:
+    """Those of the pages of which a run reads nothing but rows, each with the bytes of those rows."""
+    for index in indices:
+        mine = [weight for weight in pages[index].weights if weight in read]
+        if all(weight in rows_bytes for weight in mine):
+            yield index, sum(rows_bytes[weight] for weight in mine)
+
+
+def _pages(
+    program: Program, runs: Sequence[_Run], gathered: Sequence[Mapping[Weight, int]]
+) -> tuple[tuple[Page, ...], tuple[Weight, ...]]:
     readers: dict[Weight, dict[str, None]] = {}
     for run in runs:
         for weight in run.reads:
@@ -195,18 +227,20 @@ def _pages(program: Program, runs: Sequence[_Run]) -> tuple[tuple[Page, ...], tu
     written = written_weights(program)
     known = {weight.name: page for page in program.known_pages for weight in page.weights}
     layer_labels = {run.label for run in runs if run.layer is not None}
+    # Tables outside the layers, of which only rows are read, are pages of their own: they may be read in place.
+    tables = {weight for run, rows in zip(runs, gathered, strict=True) if run.layer is None for weight in rows}
     used: dict[Page, None] = {}
-    groups: dict[tuple[str, ...], list[Weight]] = {}
+    groups: dict[tuple[tuple[str, ...], bool], list[Weight]] = {}
     for weight, labels in readers.items():
         if weight in written:
             continue
         if weight.name in known:
             used[known[weight.name]] = None
         else:
-            groups.setdefault(tuple(labels), []).append(weight)
+            groups.setdefault((tuple(labels), weight in tables), []).append(weight)
     taken = {page.name for page in program.known_pages}
     fresh = []
-    for group, members in groups.items():
+    for (group, _), members in groups.items():
         in_layer = any(label in layer_labels for label in group)
         fresh.append((Page(_page_name(group, members, taken), tuple(_in_model_order(program, members))), in_layer))
     largest = max((page.nbytes for page, _ in fresh), default=0)

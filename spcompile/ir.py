@@ -31,7 +31,11 @@ ALIGNMENT_BYTES = 256
 """Every weight starts at a multiple of this in its page, and every slot in the arena: kernels that Inductor compiled
 for an aligned example input would otherwise clone the weight first (design.md, decision 2)."""
 
-FORMAT_VERSION = 2
+GATHERED = 0.55
+"""Part of the link's rate that a kernel reaches which gathers rows over it. Measured on an H100 with rows of 8 KiB and
+54 GB/s: 30 GB/s where Inductor fuses the gather, 47 where it does not."""
+
+FORMAT_VERSION = 3
 """Written into every JSON text; ``Plan.from_json`` refuses any other."""
 
 
@@ -90,6 +94,7 @@ class Step:
         compute_us: predicted time on the device with all weights in place; 0 where nothing is known.
         activations_bytes: most that inputs, outputs, intermediates and what later steps still need take at once while
             the segment runs; 0 where nothing is known.
+        gathers: pages of which it reads only some rows (embedding tables), each with the bytes of those rows.
     """
 
     segment: str
@@ -97,6 +102,7 @@ class Step:
     reads: tuple[int, ...]
     compute_us: float = 0.0
     activations_bytes: int = 0
+    gathers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,10 @@ class Machine:
         """
         rates = tuple((str(dtype), float(rate)) for dtype, rate in fields["flops_per_s"])
         return cls(**{**fields, "flops_per_s": rates})
+
+    def gather_time_us(self, nbytes: int) -> float:
+        """Time in which a kernel reads so many bytes of rows in place, over the link."""
+        return self.copy_us + nbytes / (GATHERED * self.h2d_bytes_per_s) * 1e6
 
     def copy_time_us(self, nbytes: int, *, both: bool = False) -> float:
         """Time of one copy to the device (or from it, if that is as fast) of ``nbytes``."""
@@ -224,6 +234,8 @@ class Plan:
         activations: candidates for the most bytes that other values take at once; the largest counts.
         workspace_bytes: what libraries take of the device.
         other_bytes: what the process held on the device beside all these when the plan was made.
+        mapped: indices of the pages that are read in place, over the link, by the steps that gather rows of them; for
+            other steps that read them they are streamed.
     """
 
     device: str
@@ -243,6 +255,7 @@ class Plan:
     activations: tuple[Polynomial, ...] = ()
     workspace_bytes: int = 0
     other_bytes: int = 0
+    mapped: tuple[int, ...] = ()
 
     def tradeoff(self) -> tuple[TradeoffPoint, ...]:
         """The whole curve of memory against time for this graph, each point with its plan; from the smallest up.
@@ -267,6 +280,18 @@ class Plan:
             Layer(name, tuple(steps), tuple(dict.fromkeys(page for step in steps for page in self.steps[step].reads)))
             for name, steps in steps_of.items()
         )
+
+    def needs(self, step: int) -> tuple[int, ...]:
+        """The pages that a step needs on the device: what it reads, except for what it gathers in place."""
+        each = self.steps[step]
+        if not self.mapped or not each.gathers:
+            return each.reads
+        in_place = {page for page, _ in each.gathers if page in self.mapped}
+        return tuple(page for page in each.reads if page not in in_place)
+
+    def gathered_bytes(self, step: int) -> int:
+        """What a step reads in place, over the link."""
+        return sum(nbytes for page, nbytes in self.steps[step].gathers if page in self.mapped)
 
     @property
     def bytes_moved(self) -> int:
@@ -336,9 +361,9 @@ class Plan:
         return fixed_bytes + expression_of(self.inputs, symbols) + sympy.Max(0, *activations)
 
     def load_step(self, interval: Interval) -> int:
-        """First step that reads the interval's page, or -1 where none does."""
+        """First step that needs the interval's page, or -1 where none does."""
         first, last = max(interval.start_step, 0), min(interval.end_step, len(self.steps))
-        return next((step for step in range(first, last) if interval.page in self.steps[step].reads), -1)
+        return next((step for step in range(first, last) if interval.page in self.needs(step)), -1)
 
     def actions(self) -> Iterator[Action]:
         """One iteration, line by line.
@@ -388,7 +413,8 @@ class Plan:
                 pages=tuple(Page(page["name"], _weights(page["weights"])) for page in fields.pop("pages")),
                 leftovers=_weights(fields.pop("leftovers")),
                 residents=tuple(fields.pop("residents")),
-                steps=tuple(Step(**{**step, "reads": tuple(step["reads"])}) for step in fields.pop("steps")),
+                mapped=tuple(fields.pop("mapped")),
+                steps=tuple(map(_step, fields.pop("steps"))),
                 slots=tuple(Slot(**slot) for slot in fields.pop("slots")),
                 period=fields.pop("period"),
                 intervals=tuple(
@@ -442,6 +468,11 @@ class Plans(tuple[Plan, ...]):
 
 def _weights(fields: list[dict[str, Any]]) -> tuple[Weight, ...]:
     return tuple(Weight(**weight) for weight in fields)
+
+
+def _step(fields: dict[str, Any]) -> Step:
+    gathers = tuple((page, nbytes) for page, nbytes in fields["gathers"])
+    return Step(**{**fields, "reads": tuple(fields["reads"]), "gathers": gathers})
 
 
 def _pairs(fields: list[list[Any]]) -> tuple[tuple[str, int], ...]:

@@ -101,7 +101,7 @@ def _header(plan: Plan) -> _Lines:
     peak = arena + residents + leftovers
     moved = _sum_pages_bytes(plan, [interval.page for interval in plan.intervals])
     share = f" ({peak / weights:.1%})" if 0 < peak < 100 * weights else ""
-    rows = (
+    rows = [
         ("weights", weights, "all that the graph reads"),
         ("leftovers", leftovers, f"{_count(len(plan.leftovers), 'small weight')} outside the pages"),
         ("residents", residents, f"{_count(len(plan.residents), 'page')}, never evicted"),
@@ -110,7 +110,10 @@ def _header(plan: Plan) -> _Lines:
         ("activations", plan.activations_bytes, "most that other values take at once"),
         ("peak bytes", peak + plan.beside_bytes(), "with inputs, workspaces and all else"),
         ("bytes moved", moved, f"per iteration, {_count(len(plan.intervals), 'copy', 'copies')}"),
-    )
+    ]
+    if plan.mapped:
+        in_place = sum(nbytes for step in plan.steps for page, nbytes in step.gathers if page in plan.mapped)
+        rows.append(("read in place", in_place, f"per iteration, rows of {_count(len(plan.mapped), 'mapped page')}"))
     columns = max(len(f"{nbytes:,}") for _, nbytes, _ in rows)
     for name, nbytes, note in rows:
         yield f"  {name:<17}  {format_bytes(nbytes):>11}  {nbytes:>{columns},} bytes   {note}", []
@@ -263,7 +266,7 @@ def _mark(plan: Plan, interval: Interval, step: int) -> str:
         return "!"
     if step < load_step:
         return "~"
-    return "#" if interval.page in plan.steps[step].reads else "-"
+    return "#" if interval.page in plan.needs(step) else "-"
 
 
 def _bands(count: int, per_band: int) -> Iterator[range]:
@@ -303,7 +306,9 @@ def _run_line(plan: Plan, action: Action, columns: int) -> str:
     line = f"> {action.step:>5}  {action.kind.value:<8}        {_fit(step.segment, columns):<{columns}}  "
     if not step.reads:
         return line
-    return line + _fit_list([f"#{page}" for page in step.reads], WIDTH - len(line), start="reads ")
+    needed = plan.needs(action.step)
+    reads = [f"#{page}" if page in needed else f"#{page} in place" for page in step.reads]
+    return line + _fit_list(reads, WIDTH - len(line), start="reads ")
 
 
 def _note(plan: Plan, action: Action, interval: Interval) -> str:
@@ -350,7 +355,9 @@ def _slot_in_phase(interval: Interval, phase: int) -> int:
 def _placement(plan: Plan, page: int) -> str:
     if page in plan.residents:
         return "resident"
-    return "streamed" if any(interval.page == page for interval in plan.intervals) else "nowhere"
+    if any(interval.page == page for interval in plan.intervals):
+        return "streamed"
+    return "mapped" if page in plan.mapped else "nowhere"
 
 
 def _page_name(plan: Plan, page: int) -> str:

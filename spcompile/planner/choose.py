@@ -8,7 +8,8 @@ is the limit each resident saves its bytes, and two slots keep the link busy; wh
 early enough. So for each of a few numbers of slots the rest of the memory is filled with residents, spread evenly
 (``residents.py``), each such plan is replayed on the machine (``simulate.py``), and the best one is taken. A single
 slot, in which nothing overlaps, is the last resort of a small budget: where the link is the limit it would save some
-bytes, but where the prediction errs it costs all overlap.
+bytes, but where the prediction errs it costs all overlap. All this is tried with and without reading embedding tables
+in place: a token needs one row of a table that is as large as a layer, but its kernel then waits for the link.
 
 The bound: for equal pages of one use each, and a given number of slots, no choice of residents moves fewer bytes; and
 no schedule takes less than the longer of its compute and its copies (`Simulation.bound_us`), which tests compare with.
@@ -19,7 +20,7 @@ Without a machine nothing can be replayed: then the usual two slots are taken.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spcompile.errors import OptionError
 from spcompile.ir import Plan, align
@@ -124,14 +125,14 @@ def find_tradeoff(graph: Plan, preferred: Collection[int] = ()) -> tuple[Tradeof
 
 def least_capacity_bytes(graph: Plan) -> int:
     """Device memory for weights that the smallest plan needs."""
-    return _smallest(graph).peak_weight_bytes
+    return min(_smallest(each).peak_weight_bytes for each in _mappings(graph))
 
 
 def _smallest(graph: Plan) -> Plan:
     """Everything streamed through as little as its steps read at once; or all resident where that is less, as room for
     what is streamed is rounded up."""
     everything = stream(graph, range(len(graph.pages)), len(graph.pages), 1)
-    widest_bytes = max((sum(graph.pages[page].slot_bytes for page in step.reads) for step in graph.steps), default=0)
+    widest_bytes = max((sum(graph.pages[page].slot_bytes for page in pages) for pages in _needs(graph)), default=0)
     plans = [everything, stream(graph, (), max(1, _widest(graph, ())), 1)]
     for percent in ROOM_PERCENTS:
         try:
@@ -143,12 +144,33 @@ def _smallest(graph: Plan) -> Plan:
 
 
 def _candidates(graph: Plan, capacity_bytes: int, preferred: Collection[int]) -> Iterator[Plan]:
-    page_bytes = [page.slot_bytes for page in graph.pages]
-    reads = [step.reads for step in graph.steps]
-    room_bytes = capacity_bytes - graph.leftovers_bytes
     if graph.weights_bytes <= capacity_bytes:
         yield stream(graph, range(len(graph.pages)), len(graph.pages), 1)
         return
+    for each in _mappings(graph, preferred):
+        yield from _placements(each, capacity_bytes, preferred)
+
+
+def _mappings(graph: Plan, preferred: Collection[int] = ()) -> Iterator[Plan]:
+    """The graph with no page read in place, and with all those whose rows come sooner than a copy of all of them."""
+    yield replace(graph, mapped=())
+    machine = graph.machine
+    if machine is None:
+        return
+    tables = {
+        page
+        for step in graph.steps
+        for page, nbytes in step.gathers
+        if machine.gather_time_us(nbytes) < machine.copy_time_us(graph.pages[page].nbytes)
+    }
+    if tables - set(preferred):
+        yield replace(graph, mapped=tuple(sorted(tables - set(preferred))))
+
+
+def _placements(graph: Plan, capacity_bytes: int, preferred: Collection[int]) -> Iterator[Plan]:
+    page_bytes = [page.slot_bytes for page in graph.pages]
+    reads = _needs(graph)
+    room_bytes = capacity_bytes - graph.leftovers_bytes
     possible = [count for count in SLOT_COUNTS if smallest_capacity_bytes(page_bytes, reads, count) <= room_bytes]
     counts = possible if graph.machine is not None else possible[:1]
     if not possible and smallest_capacity_bytes(page_bytes, reads, 1) <= room_bytes:
@@ -171,7 +193,11 @@ def _candidates(graph: Plan, capacity_bytes: int, preferred: Collection[int]) ->
 def _widest(graph: Plan, residents: Collection[int]) -> int:
     """Most streamed pages that one step reads."""
     kept = frozenset(residents)
-    return max((sum(page not in kept for page in step.reads) for step in graph.steps), default=0)
+    return max((sum(page not in kept for page in pages) for pages in _needs(graph)), default=0)
+
+
+def _needs(graph: Plan) -> list[tuple[int, ...]]:
+    return [graph.needs(step) for step in range(len(graph.steps))]
 
 
 def _cost(plan: Plan) -> tuple[float, int]:

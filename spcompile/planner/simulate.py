@@ -180,7 +180,12 @@ class _Schedule:
 
     def __init__(self, plan: Plan, machine: Machine) -> None:
         page_us = [machine.copy_time_us(page.nbytes) for page in plan.pages]
-        self.step_us = [step.compute_us for step in plan.steps]
+        # What is read in place takes compute's time: its kernel waits for the link.
+        gathered_bytes = [plan.gathered_bytes(step) for step in range(len(plan.steps))]
+        self.step_us = [
+            step.compute_us + (machine.gather_time_us(nbytes) if nbytes else 0.0)
+            for step, nbytes in zip(plan.steps, gathered_bytes, strict=True)
+        ]
         self.copy_us = [page_us[interval.page] for interval in plan.intervals]
         self.loads: list[list[int]] = [[] for _ in plan.steps]
         self.requests: list[tuple[int, int, int]] = []  # position, interval, ahead

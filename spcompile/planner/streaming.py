@@ -7,7 +7,7 @@ each at an address of its own (``packing.py``).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import replace
 
 from spcompile.errors import OptionError
@@ -34,7 +34,7 @@ def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
         OptionError: k is less than the most streamed pages that one step reads.
     """
     kept = frozenset(residents)
-    streamed = [tuple(page for page in step.reads if page not in kept) for step in plan.steps]
+    streamed = _streamed(plan, kept)
     _check_window(plan.steps, streamed, k)
     intervals, period = _intervals(streamed, k, m, plan.wraps)
     return replace(
@@ -42,6 +42,7 @@ def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
         k=k,
         m=m,
         residents=tuple(sorted(kept)),
+        mapped=tuple(page for page in plan.mapped if page not in kept),
         intervals=intervals,
         period=period,
         slots=_slots(plan.pages, intervals),
@@ -61,7 +62,7 @@ def stream_in_room(plan: Plan, residents: Collection[int], room_bytes: int) -> P
     """
     kept = frozenset(residents)
     n_steps = len(plan.steps)
-    visits = visits_of([[page for page in step.reads if page not in kept] for step in plan.steps])
+    visits = visits_of(_streamed(plan, kept))
     sizes_bytes = [plan.pages[visit.page].slot_bytes for visit in visits]
     usable_bytes = room_bytes
     while True:
@@ -84,10 +85,16 @@ def stream_in_room(plan: Plan, residents: Collection[int], room_bytes: int) -> P
         k=max(1, most_held(stays, n_steps)),
         m=1,
         residents=tuple(sorted(kept)),
+        mapped=tuple(page for page in plan.mapped if page not in kept),
         intervals=tuple(intervals),
         period=packing.period,
         slots=tuple(slot for slot, _ in slots),
     )
+
+
+def _streamed(plan: Plan, kept: Set[int]) -> list[tuple[int, ...]]:
+    """Per step, the pages that must have been copied for it."""
+    return [tuple(page for page in plan.needs(step) if page not in kept) for step in range(len(plan.steps))]
 
 
 def _check_window(steps: Sequence[Step], streamed: Sequence[Sequence[int]], k: int) -> None:

@@ -352,14 +352,14 @@ class PageStore:
             torch.cuda.synchronize(self.device)
 
     def place(self, plan: Plan) -> None:
-        """Put the weights where the plan wants them: residents and leftovers on the device, streamed pages on the host.
+        """Put the weights where the plan wants them: residents and leftovers on the device, other pages on the host.
 
         Raises:
             OffloadError: the device has no room for the residents.
         """
-        streamed = dict.fromkeys(interval.page for interval in plan.intervals)
+        at_home = dict.fromkeys([*plan.mapped, *(interval.page for interval in plan.intervals)])
         staying = [weight for page in plan.residents for weight in plan.pages[page].weights]
-        self.make_offloaded(self._own(weight for page in streamed for weight in plan.pages[page].weights))
+        self.make_offloaded(self._own(weight for page in at_home for weight in plan.pages[page].weights))
         self.make_resident(self._own([*staying, *plan.leftovers]))
 
     def fits(self, plan: Plan) -> bool:

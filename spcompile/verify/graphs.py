@@ -111,7 +111,8 @@ def _reads_behind_writes(graph: fx.Graph, lines: Mapping[fx.Node, int]) -> list[
 def _reads_in_place(
     graph: fx.Graph, plan: Plan, weights: Mapping[str, str], lines: Mapping[fx.Node, int]
 ) -> list[Violation]:
-    """A segment that reads a streamed page's weight through the graph's argument reads it over the link."""
+    """A segment that reads a streamed page's weight through the graph's argument reads it over the link: only the plan
+    may want that, where rows are gathered."""
     page_of = {weight.name: page.name for page in plan.pages for weight in page.weights}
     streamed = {plan.pages[interval.page].name for interval in plan.intervals}
     return [
@@ -122,8 +123,15 @@ def _reads_in_place(
         for node in graph.nodes
         if ops.is_op(node, ops.pack)
         for source in node.all_input_nodes
-        if source.name in weights and page_of.get(weights[source.name]) in streamed
+        if source.name in weights and page_of.get(weights[source.name]) in streamed - _mapped(plan, node.meta.get(STEP))
     ]
+
+
+def _mapped(plan: Plan, step: object) -> set[str]:
+    """Names of the pages that a step reads in place."""
+    if not isinstance(step, int) or not 0 <= step < len(plan.steps):
+        return set()
+    return {plan.pages[page].name for page, _ in plan.steps[step].gathers if page in plan.mapped}
 
 
 def _written_arguments(module: fx.GraphModule) -> set[str]:
@@ -151,7 +159,8 @@ def _wrong_pages(graph: fx.Graph, plan: Plan, lines: Mapping[fx.Node, int]) -> l
     streamed = {interval.page for interval in plan.intervals}
     found = []
     for index, step in enumerate(plan.steps):
-        expected = [page for page in step.reads if page in streamed]
+        in_place = _mapped(plan, index)
+        expected = [page for page in step.reads if page in streamed and plan.pages[page].name not in in_place]
         handed = [_pages_loaded(pack, plan) for pack in packs.get(index, ())]
         all_handed = handed[0] if len(handed) == 1 else sorted({page for pages in handed for page in pages})
         if all_handed != (expected if len(handed) == 1 else sorted(expected)):

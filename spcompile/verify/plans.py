@@ -101,6 +101,15 @@ def _check_steps(plan: Plan) -> Iterator[_Finding]:
                 yield ("step", index), message
             if count > 1:
                 yield ("step", index), f"step {index} lists {_name(plan, page)} {count} times among its reads"
+        for page, _ in step.gathers:
+            if page not in step.reads:
+                yield ("step", index), f"step {index} gathers rows of {_name(plan, page)}, which it does not read"
+    gathered = {page for step in plan.steps for page, _ in step.gathers}
+    for page in plan.mapped:
+        if page not in gathered:
+            yield ("page", page), f"{_name(plan, page)} is to be read in place, but no step gathers rows of it"
+        if page in plan.residents:
+            yield ("page", page), f"{_name(plan, page)} is resident, and to be read in place as well"
 
 
 def _check_slots(plan: Plan) -> Iterator[_Finding]:
@@ -195,7 +204,8 @@ def _check_batches(plan: Plan) -> Iterator[_Finding]:
 
     A last batch of less than m is never complete: it may leave once it has been used, or wait until the iteration ends.
     """
-    streamed = [[page for page in dict.fromkeys(step.reads) if page not in plan.residents] for step in plan.steps]
+    steps = range(len(plan.steps))
+    streamed = [[page for page in _read_on_device(plan, step) if page not in plan.residents] for step in steps]
     order = [(pages[0], step) for step, pages in enumerate(streamed) if pages]
     is_chain = all(len(pages) <= 1 for pages in streamed) and len({page for page, _ in order}) == len(order)
     if not is_chain or plan.m < 1:
@@ -320,7 +330,7 @@ class _Replay:
 
     def _check_reads(self, position: int) -> None:
         iteration, step = divmod(position, self.n_steps)
-        for page in self.plan.steps[step].reads:
+        for page in _read_on_device(self.plan, step):
             if not _is_page(self.plan, page) or page in self.plan.residents:
                 continue
             own = [stay for stay in self.at_page.get(page, ()) if stay.iteration == iteration]
@@ -379,7 +389,13 @@ def _is_page(plan: Plan, page: int) -> bool:
 def _uses(plan: Plan, interval: Interval) -> list[int]:
     """The steps of its own iteration in which the interval's page is read while it is there."""
     steps = range(max(interval.start_step, 0), min(interval.end_step, len(plan.steps)))
-    return [step for step in steps if interval.page in plan.steps[step].reads]
+    return [step for step in steps if interval.page in _read_on_device(plan, step)]
+
+
+def _read_on_device(plan: Plan, step: int) -> list[int]:
+    """The pages that a step reads, each once, without those of which it gathers rows where they are."""
+    in_place = {page for page, _ in plan.steps[step].gathers if page in plan.mapped}
+    return [page for page in dict.fromkeys(plan.steps[step].reads) if page not in in_place]
 
 
 def _page_bytes(plan: Plan, page: int) -> int:

@@ -166,9 +166,10 @@ def test_only_what_is_evicted_moves(way: dict[str, Any], monkeypatch: pytest.Mon
     plan = Run(fast, store_of(model)).plan
     assert plan.residents
     assert plan.intervals
-    streamed = {weight.name for each in plan.intervals for weight in plan.pages[each.page].weights}
+    evicted = {*plan.mapped, *(each.page for each in plan.intervals)}
+    at_home = {weight.name for page in evicted for weight in plan.pages[page].weights}
     for name, storage in storages.items():
-        assert storage() == (name in streamed), name  # gone, or still the very same
+        assert storage() == (name in at_home), name  # gone, or still the very same
 
 
 def test_a_hint_says_who_keeps_device_memory(caplog: pytest.LogCaptureFixture) -> None:

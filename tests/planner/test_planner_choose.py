@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -42,7 +42,19 @@ def graphs(draw: st.DrawFn) -> Plan:
     n_pages = 1 + max((page for pages in reads for page in pages), default=-1)
     mib = draw(st.lists(st.integers(1, 4), min_size=n_pages, max_size=n_pages))
     step_us = draw(st.lists(st.sampled_from((0.5, 1.0, 3.0, 8.0)), min_size=len(reads), max_size=len(reads)))
-    return graph_of(reads, mib, step_us, wraps=draw(st.booleans()))
+    graph = graph_of(reads, mib, step_us, wraps=draw(st.booleans()))
+    tables = draw(st.frozensets(st.integers(0, max(0, n_pages - 1)), max_size=2))
+    return gathering(graph, tables, draw(st.sampled_from((0, 4096, MIB, 3 * MIB))))
+
+
+def gathering(graph: Plan, tables: Collection[int], nbytes: int) -> Plan:
+    """The graph in which each first reader of these pages only gathers so many bytes of their rows."""
+    left, steps = set(tables), []
+    for step in graph.steps:
+        gathers = tuple((page, nbytes) for page in step.reads if page in left)
+        left -= {page for page, _ in gathers}
+        steps.append(replace(step, gathers=gathers))
+    return replace(graph, steps=tuple(steps))
 
 
 @given(graphs(), st.integers(1, 12))
@@ -92,6 +104,41 @@ def test_the_leanest_plan_is_fast_enough_and_smallest(graph: Plan, slowdown: flo
     for point in find_tradeoff(graph):
         if point.peak_bytes < plan.peak_bytes():
             assert point.iteration_us > compute_us * slowdown
+
+
+@given(graphs(), st.integers(1, 12))
+def test_reading_in_place_is_only_taken_where_it_helps(graph: Plan, mib: int) -> None:
+    copied = gathering(graph, (), 0)
+    assert least_capacity_bytes(graph) <= least_capacity_bytes(copied)
+    capacity_bytes = max(mib * MIB, least_capacity_bytes(copied))
+    with_tables, without = choose_fastest(graph, capacity_bytes), choose_fastest(copied, capacity_bytes)
+    assert predict_iteration_us(with_tables, MACHINE) <= predict_iteration_us(without, MACHINE) * 1.01
+
+
+def test_a_table_of_which_a_token_reads_one_row_is_mapped() -> None:
+    graph = gathering(graph_of(chain(6), [8, 1, 1, 1, 1, 1], [0.1] * 6), {0}, 8192)
+    plan = choose_fastest(graph, 3 * MIB)
+    assert plan.mapped == (0,)
+    assert all(interval.page != 0 for interval in plan.intervals)
+    assert choose_fastest(graph, 13 * MIB).mapped == ()
+    assert choose_fastest(graph, 3 * MIB, preferred=(1,)).mapped == (0,)
+    with pytest.raises(OptionError):
+        choose_fastest(gathering(graph, (), 0), 3 * MIB)
+
+
+def test_a_table_that_another_graph_keeps_is_not_mapped() -> None:
+    graph = gathering(graph_of(chain(6), [1] * 6, [0.1] * 6), {0}, 8192)
+    assert choose_fastest(graph, 3 * MIB).mapped == (0,)
+    kept = choose_fastest(graph, 3 * MIB, preferred=(0,))
+    assert (kept.mapped, kept.residents[0]) == ((), 0)
+
+
+def test_a_table_that_is_also_the_head_is_read_in_place_and_streamed() -> None:
+    graph = gathering(graph_of(((0,), (1,), (2,), (3,), (0,)), [4, 1, 1, 1], [0.1] * 5), {0}, 8192)
+    plan = choose_fastest(graph, least_capacity_bytes(graph))
+    assert plan.mapped == (0,)
+    assert [(plan.load_step(interval), interval.page) for interval in plan.intervals if interval.page == 0] == [(4, 0)]
+    assert not verify_plan(plan)
 
 
 def test_a_slowdown_that_cannot_be_kept() -> None:

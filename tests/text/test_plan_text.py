@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
-from spcompile.ir import Action, ActionKind, Interval, Page, Plan, Step
+from spcompile.ir import Action, ActionKind, Interval, Page, Plan, Slot, Step
 from spcompile.text import WIDTH, LineKey, format_bytes, format_plan, plan_text
 from spcompile.verify.plans import verify_plan
 from spcompile.verify.violations import render
@@ -47,7 +47,33 @@ def language_model(n_layers: int, k: int) -> Plan:
     )
 
 
+def mapped_table() -> Plan:
+    """A table of which rows are read in place, and which is the head, too, and streamed for it."""
+    table = page("embed_tokens", 250 * MIB)
+    steps = (
+        Step("embed_tokens", None, (0,), gathers=((0, 8192),)),
+        Step("layers_0", "layers.0", (1,)),
+        Step("layers_1", "layers.1", (2,)),
+        Step("embed_tokens#1", None, (0,)),
+    )
+    return Plan(
+        device="cuda:0",
+        k=2,
+        m=1,
+        wraps=True,
+        pages=(table, page("layers.0", 64 * MIB), page("layers.1", 64 * MIB)),
+        leftovers=(),
+        residents=(),
+        steps=steps,
+        slots=(Slot(0, 64 * MIB), Slot(64 * MIB, 64 * MIB), Slot(128 * MIB, 250 * MIB)),
+        period=1,
+        intervals=(Interval(1, 0, 2, (0,)), Interval(2, 0, 3, (1,)), Interval(0, 2, 4, (2,))),
+        mapped=(0,),
+    )
+
+
 CASES = {
+    "mapped_table": mapped_table(),
     **PLANS,
     "language_model_32_layers": language_model(32, 4),
     "language_model_80_layers_long_period": language_model(80, 11),
