@@ -1,8 +1,8 @@
 """From what stays to the stays of the streamed pages and their slots.
 
 What: the part of a plan that follows once residents are chosen. With k and m, a window that counts pages
-(``window.py``) and slots for its stays (``slots.py``). With room in bytes, copies as early as they fit (``early.py``),
-each at an address of its own (``packing.py``).
+(``window.py``); with room in bytes, copies as early as they fit (``early.py``). Then a place for each copy: equal slots
+(``slots.py``) where all pages are equal, addresses by lifetime (``packing.py``) where that takes less.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence, Set
 from dataclasses import replace
 
 from spcompile.errors import OptionError
-from spcompile.ir import ALIGNMENT_BYTES, Interval, Page, Plan, Slot, Step
+from spcompile.ir import ALIGNMENT_BYTES, Interval, Plan, Slot, Step
 from spcompile.planner.early import start_early, visits_of
-from spcompile.planner.packing import pack
+from spcompile.planner.packing import Packing, pack
 from spcompile.planner.slots import assign_slots, hold_slots, most_held, slot_period
-from spcompile.planner.window import plan_window
+from spcompile.planner.window import Stay, plan_window
 
 MAX_PERIOD = 256
 """Where slots would repeat after more iterations than this, and than k, they are held fast instead. A chain never
@@ -36,17 +36,22 @@ def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
     kept = frozenset(residents)
     streamed = _streamed(plan, kept)
     _check_window(plan.steps, streamed, k)
-    intervals, period = _intervals(streamed, k, m, plan.wraps)
-    return replace(
+    plan = replace(
         plan,
         k=k,
         m=m,
         residents=tuple(sorted(kept)),
         mapped=tuple(page for page in plan.mapped if page not in kept),
-        intervals=intervals,
-        period=period,
-        slots=_slots(plan.pages, intervals),
     )
+    if not any(streamed):
+        return replace(plan, intervals=(), period=1, slots=())
+    stays = plan_window(streamed, k, m, plan.wraps)
+    in_slots = _in_slots(plan, stays)
+    sizes_bytes = [plan.pages[stay.page].slot_bytes for stay in stays]
+    if len(set(sizes_bytes)) == 1:  # no packing takes less
+        return in_slots
+    packed = _at_offsets(plan, stays, pack(stays, sizes_bytes, len(plan.steps), wraps=plan.wraps))
+    return packed if packed.arena_bytes < in_slots.arena_bytes else in_slots
 
 
 def stream_in_room(plan: Plan, residents: Collection[int], room_bytes: int) -> Plan:
@@ -72,24 +77,14 @@ def stream_in_room(plan: Plan, residents: Collection[int], room_bytes: int) -> P
             break
         # What lies between the pages is lost. With less to hold it is less, too.
         usable_bytes = min(usable_bytes - ALIGNMENT_BYTES, usable_bytes * room_bytes // packing.arena_bytes)
-    # One slot for each place that is taken, at whatever times; places of nothing are all alike, but not the same.
-    slots: dict[tuple[Slot, int | None], int] = {}
-    intervals = []
-    for index, (stay, offsets_bytes) in enumerate(zip(stays, packing.offsets_bytes, strict=True)):
-        nbytes = sizes_bytes[index]
-        keys = [(Slot(offset_bytes, nbytes), None if nbytes else index) for offset_bytes in offsets_bytes]
-        own = tuple(slots.setdefault(key, len(slots)) for key in keys)
-        intervals.append(Interval(stay.page, stay.start_step, stay.end_step, own))
-    return replace(
+    plan = replace(
         plan,
         k=max(1, most_held(stays, n_steps)),
         m=1,
         residents=tuple(sorted(kept)),
         mapped=tuple(page for page in plan.mapped if page not in kept),
-        intervals=tuple(intervals),
-        period=packing.period,
-        slots=tuple(slot for slot, _ in slots),
     )
+    return _at_offsets(plan, stays, packing)
 
 
 def _streamed(plan: Plan, kept: Set[int]) -> list[tuple[int, ...]]:
@@ -106,32 +101,38 @@ def _check_window(steps: Sequence[Step], streamed: Sequence[Sequence[int]], k: i
     raise OptionError(f"option 'k' must be at least {most} for this model, not {k}: {where}")
 
 
-def _intervals(streamed: Sequence[Sequence[int]], k: int, m: int, wraps: bool) -> tuple[tuple[Interval, ...], int]:
-    """The stays with their slots, and after how many iterations the slots repeat."""
-    if not any(streamed):
-        return (), 1
-    n_steps = len(streamed)
-    stays = plan_window(streamed, k, m, wraps)
-    if wraps and slot_period(stays, n_steps) > max(k, MAX_PERIOD):
-        stays, slots = hold_slots(stays, n_steps)
+def _in_slots(plan: Plan, stays: Sequence[Stay]) -> Plan:
+    """The plan with slots side by side, each as large as the largest page that it ever holds."""
+    n_steps = len(plan.steps)
+    if plan.wraps and slot_period(stays, n_steps) > max(plan.k, MAX_PERIOD):
+        stays, slots_of = hold_slots(stays, n_steps)
         period = 1
     else:
-        slots, period = assign_slots(stays, n_steps, k, wraps)
-    intervals = zip(stays, slots, strict=True)
-    return tuple(Interval(stay.page, stay.start_step, stay.end_step, own) for stay, own in intervals), period
-
-
-def _slots(pages: Sequence[Page], intervals: Sequence[Interval]) -> tuple[Slot, ...]:
-    """The slots that the intervals name, side by side, each as large as the largest page that it ever holds.
-
-    Where the period is 1, an embedding table that is larger than the layers so makes one slot large and not all.
-    """
+        slots_of, period = assign_slots(stays, n_steps, plan.k, plan.wraps)
     sizes_bytes: dict[int, int] = {}
-    for interval in intervals:
-        for slot in interval.slots:
-            sizes_bytes[slot] = max(sizes_bytes.get(slot, 0), pages[interval.page].slot_bytes)
+    for stay, own in zip(stays, slots_of, strict=True):
+        for slot in own:
+            sizes_bytes[slot] = max(sizes_bytes.get(slot, 0), plan.pages[stay.page].slot_bytes)
     slots, end_bytes = [], 0
     for index in range(len(sizes_bytes)):
         slots.append(Slot(end_bytes, sizes_bytes[index]))
         end_bytes += sizes_bytes[index]
-    return tuple(slots)
+    return replace(plan, intervals=_intervals(stays, slots_of), period=period, slots=tuple(slots))
+
+
+def _at_offsets(plan: Plan, stays: Sequence[Stay], packing: Packing) -> Plan:
+    """The plan with one slot for each place that is taken, at whatever times."""
+    slots: dict[tuple[Slot, int | None], int] = {}  # places of nothing are all alike, but not the same
+    slots_of = []
+    for index, (stay, offsets_bytes) in enumerate(zip(stays, packing.offsets_bytes, strict=True)):
+        nbytes = plan.pages[stay.page].slot_bytes
+        keys = [(Slot(offset_bytes, nbytes), None if nbytes else index) for offset_bytes in offsets_bytes]
+        slots_of.append(tuple(slots.setdefault(key, len(slots)) for key in keys))
+    taken = tuple(slot for slot, _ in slots)
+    return replace(plan, intervals=_intervals(stays, slots_of), period=packing.period, slots=taken)
+
+
+def _intervals(stays: Sequence[Stay], slots_of: Sequence[tuple[int, ...]]) -> tuple[Interval, ...]:
+    return tuple(
+        Interval(stay.page, stay.start_step, stay.end_step, own) for stay, own in zip(stays, slots_of, strict=True)
+    )
