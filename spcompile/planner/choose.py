@@ -34,6 +34,9 @@ SLOT_COUNTS = (2, 3, 4, 6, 8, 12)
 ROOM_PERCENTS = (100, 105, 110, 120, 140, 170)
 """Room that is tried for the smallest plan, in percent of what its steps read at once."""
 
+NEXT_TO_NOTHING = 1 / 16
+"""A table whose rows are read in this part of the time of its copy is always read in place."""
+
 CURVE_POINTS = 32
 """Capacities for which the trade-off curve is worked out."""
 
@@ -152,19 +155,21 @@ def _candidates(graph: Plan, capacity_bytes: int, preferred: Collection[int]) ->
 
 
 def _mappings(graph: Plan, preferred: Collection[int] = ()) -> Iterator[Plan]:
-    """The graph with no page read in place, and with all those whose rows come sooner than a copy of all of them."""
-    yield replace(graph, mapped=())
+    """The graph with no page read in place, and with all those whose rows come sooner than a copy of all of them.
+
+    Where the rows take next to nothing, not reading in place is no choice.
+    """
     machine = graph.machine
-    if machine is None:
-        return
-    tables = {
-        page
-        for step in graph.steps
-        for page, nbytes in step.gathers
-        if machine.gather_time_us(nbytes) < machine.copy_time_us(graph.pages[page].nbytes)
-    }
-    if tables - set(preferred):
-        yield replace(graph, mapped=tuple(sorted(tables - set(preferred))))
+    parts: dict[int, float] = {}  # of the time that a copy of the whole page takes
+    for page, nbytes in (each for step in graph.steps for each in step.gathers):
+        if machine is not None and page not in preferred:
+            copy_us = machine.copy_time_us(graph.pages[page].nbytes)
+            parts[page] = parts.get(page, 0.0) + (machine.gather_time_us(nbytes) / copy_us if copy_us else 1.0)
+    tables = tuple(sorted(page for page, part in parts.items() if part < 1))
+    if tables:
+        yield replace(graph, mapped=tables)
+    if any(parts[page] > NEXT_TO_NOTHING for page in tables) or not tables:
+        yield replace(graph, mapped=())
 
 
 def _placements(graph: Plan, capacity_bytes: int, preferred: Collection[int]) -> Iterator[Plan]:

@@ -33,6 +33,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from spcompile.ir import ALIGNMENT_BYTES
 from spcompile.planner.slots import assign_slots, most_held, slot_period
@@ -146,16 +147,19 @@ class _Problem:
         ends = (max(each) + nbytes for each, nbytes in zip(offsets, self.sizes_bytes, strict=True))
         return max(ends, default=0)
 
-    def is_near(self, offsets: Offsets) -> bool:
-        return self.arena_bytes(offsets) <= NEAR * self.held_most_bytes
+    def is_near(self, offsets: Offsets, factor: float = NEAR) -> bool:
+        return self.arena_bytes(offsets) <= factor * self.held_most_bytes
 
 
 def _best(problem: _Problem, max_period: int) -> Offsets:
     """The packing that is wanted: candidates are made until one is near the bound."""
-    candidates = [_pack_by_order(problem)]
-    if problem.is_near(candidates[0]):
-        return candidates[0]
-    candidates += _pack_in_slots(problem, max_period)
+    candidates: list[Offsets] = []
+    # Most chains fit at once, in order or in slots: only what does not is improved, which takes longer.
+    for some in (partial(_pack_by_order, problem, 1), partial(_pack_in_slots, problem, max_period)):
+        candidates += some()
+        if candidates and problem.is_near(candidates[-1], GOOD):
+            return candidates[-1]
+    candidates += _pack_by_order(problem, ROUNDS)
     least_bytes = min(map(problem.arena_bytes, candidates))
     if least_bytes > NEAR * problem.held_most_bytes:
         candidates += _pack_in_time(problem, least_bytes, max_period)
@@ -178,7 +182,7 @@ def _pack_in_slots(problem: _Problem, max_period: int) -> list[Offsets]:
     return [tuple(tuple(offset_of[slot] for slot in own) for own in slots)]
 
 
-def _pack_by_order(problem: _Problem) -> Offsets:
+def _pack_by_order(problem: _Problem, rounds: int) -> list[Offsets]:
     """Period 1: lowest address first, in several orders, each improved by what stuck out (module docstring, 1)."""
     stays, sizes = problem.stays, problem.sizes_bytes
     meeting = _meeting(stays, problem.n_steps)
@@ -186,15 +190,15 @@ def _pack_by_order(problem: _Problem) -> Offsets:
     best: list[int] = []
     best_bytes = math.inf
     for order in _orders(stays, sizes):
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             offsets = _put_lowest(order, meeting, sizes)
             ends = [offset + nbytes for offset, nbytes in zip(offsets, sizes, strict=True)]
             if max(ends, default=0) < best_bytes:
                 best, best_bytes = offsets, max(ends, default=0)
             if best_bytes <= good_bytes:
-                return tuple((offset,) for offset in best)
+                return [tuple((offset,) for offset in best)]
             order = _moved_up(order, [end > problem.held_most_bytes for end in ends])
-    return tuple((offset,) for offset in best)
+    return [tuple((offset,) for offset in best)]
 
 
 def _orders(stays: Sequence[Stay], sizes: Sequence[int]) -> list[list[int]]:

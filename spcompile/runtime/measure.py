@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 COPY_BYTES = 64 << 20
 """One copy whose rate is measured: 1 to 10 ms on usual links."""
 
-SMALL_COPIES = 64
-"""Copies of some bytes that are made in a row to see what each takes at least."""
+PIECES = 32
+"""Copies that move as much as the one large copy: what they take longer is what each takes beside its bytes. (Smaller
+ones would measure the host.)"""
 
 WIDTH = 4096
 """Matrices are ``[WIDTH, WIDTH]``: large enough for the rate of large ones, and 32 MiB in 16 bits."""
@@ -133,7 +134,7 @@ class _Measurement:
         )
 
     def _link(self) -> tuple[float, float, float, float]:
-        """Bytes per second up, down, and each way while both are busy; and what a small copy takes."""
+        """Bytes per second up, down, each way while both are busy; and what a copy takes beside its bytes, in us."""
         block = HostBlock(2 * COPY_BYTES, self.device)
         source, target = block.host(0, COPY_BYTES), block.host(COPY_BYTES, COPY_BYTES)
         block.fill([(0, torch.zeros(2 * COPY_BYTES, dtype=torch.uint8, device="cpu"))])
@@ -145,13 +146,14 @@ class _Measurement:
         def downwards() -> None:
             _copy(self.down, target, above[1])
 
-        def small() -> None:
-            for _ in range(SMALL_COPIES):
-                _copy(self.up, above[0][:256], source[:256])
+        def in_pieces() -> None:
+            for pair in zip(above[0].chunk(PIECES), source.chunk(PIECES), strict=True):
+                _copy(self.up, *pair)
 
-        h2d, d2h = (COPY_BYTES / self._best_s(copy) for copy in (upwards, downwards))
-        both = COPY_BYTES / self._best_s(upwards, downwards)
-        return h2d, d2h, min(both, h2d, d2h), self._best_s(small) / SMALL_COPIES * 1e6
+        up_s, down_s, both_s = (self._best_s(*copies) for copies in ((upwards,), (downwards,), (upwards, downwards)))
+        copy_s = max(0.0, self._best_s(in_pieces) - up_s) / (PIECES - 1)
+        both_s = max(both_s, up_s, down_s)
+        return COPY_BYTES / up_s, COPY_BYTES / down_s, COPY_BYTES / both_s, copy_s * 1e6
 
     def _flops(self, dtype: torch.dtype) -> float:
         generator = torch.Generator(self.device).manual_seed(0)
