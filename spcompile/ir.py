@@ -354,11 +354,29 @@ class Plan:
 
     @property
     def peak_expr(self) -> sympy.Expr:
-        """`peak_bytes` as an expression in the graph's symbolic sizes."""
-        symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name, _ in self.sizes}
+        """`peak_bytes` as an expression.
+
+        Its symbols are the graph's sizes, and what one more costs: ``k`` where the k slots are all alike (m has no part
+        in it: it says how many leave together, not how many are held), and ``residents``, their number, where they are
+        all of one size. Evaluate it with ``peak_expr.subs({symbol: value})`` over its ``free_symbols``.
+        """
+        symbols = {name: _symbol(name) for name, _ in self.sizes}
         activations = [expression_of(each, symbols) for each in self.activations]
-        fixed_bytes = self.peak_weight_bytes + self.workspace_bytes + self.other_bytes
-        return fixed_bytes + expression_of(self.inputs, symbols) + sympy.Max(0, *activations)
+        beside_bytes = self.leftovers_bytes + self.workspace_bytes + self.other_bytes
+        weights_bytes = self._arena_expr() + self._residents_expr() + beside_bytes
+        return weights_bytes + expression_of(self.inputs, symbols) + sympy.Max(0, *activations)
+
+    def _arena_expr(self) -> sympy.Expr:
+        sizes_bytes = {slot.nbytes for slot in self.slots}
+        if len(sizes_bytes) == 1 and self.arena_bytes == self.k * self.slots[0].nbytes:
+            return _symbol("k") * self.slots[0].nbytes
+        return sympy.Integer(self.arena_bytes)
+
+    def _residents_expr(self) -> sympy.Expr:
+        sizes_bytes = {self.pages[page].nbytes for page in self.residents}
+        if len(sizes_bytes) == 1:
+            return _symbol("residents") * sizes_bytes.pop()
+        return sympy.Integer(self.residents_bytes)
 
     def load_step(self, interval: Interval) -> int:
         """First step that needs the interval's page, or -1 where none does."""
@@ -464,6 +482,10 @@ class Plans(tuple[Plan, ...]):
 
     def __str__(self) -> str:
         return "\n\n".join(f"Graph {index} of {len(self)}\n{plan}" for index, plan in enumerate(self, start=1))
+
+
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
 
 
 def _weights(fields: list[dict[str, Any]]) -> tuple[Weight, ...]:

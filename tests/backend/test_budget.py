@@ -169,6 +169,12 @@ def test_another_machine_plans_otherwise() -> None:
     assert slow.tradeoff()[0].iteration_us > fast.tradeoff()[0].iteration_us
 
 
+def evaluated(plan: Plan, **values: int) -> int:
+    expression = plan.peak_expr
+    assert {str(symbol) for symbol in expression.free_symbols} == set(values)
+    return int(expression.subs({symbol: values[str(symbol)] for symbol in expression.free_symbols}))
+
+
 def test_the_peak_in_the_graph_s_own_sizes() -> None:
     model = make()
     plans = {}
@@ -181,9 +187,16 @@ def test_the_peak_in_the_graph_s_own_sizes() -> None:
     ((name, rows),) = one.sizes
     assert rows == 3
     assert one.peak_bytes(**{name: 50}) == other.peak_bytes()
-    assert one.peak_expr.subs(one.peak_expr.free_symbols.pop(), 50) == other.peak_bytes()
+    assert evaluated(one, **{name: 50}, k=2) == other.peak_bytes()
+    assert evaluated(one, **{name: 3}, k=3) == planned(model, torch.randn(3, WIDTH), k=3).peak_bytes()
     assert one.peak_bytes() < other.peak_bytes()
     assert Plan.from_json(one.to_json()) == one
+    resident = next(point.plan for point in one.tradeoff() if 0 < len(point.plan.residents) < len(one.pages))
+    n_residents = len(resident.residents)
+    both = evaluated(resident, **{name: 3}, k=resident.k, residents=n_residents)
+    more = evaluated(resident, **{name: 3}, k=resident.k, residents=n_residents + 1)
+    assert both == resident.peak_bytes()
+    assert more - both == one.pages[0].nbytes
     with pytest.raises(ValueError, match="unknown size 'batch'"):
         one.peak_bytes(batch=2)
 
