@@ -5,9 +5,11 @@ symbolic sizes, and the time of the kernels that it will run.
 
 How: Inductor fuses what is pointwise, a gather or a reduction, so most values never reach memory. A value is *stored*
 if an operator of a library makes it (a matrix product, convolution, attention), or if one reads it, or a later segment,
-or the caller, or a kernel that can only start after such an operator. Everything else lives in registers, and what it
-was made of has to stay until the stored values made of it are there. Liveness then goes over the stored values alone,
-in program order. A kernel's results are counted beside its inputs: Inductor rarely writes over them.
+or the caller, or a kernel that can only start after such an operator. (Not the latter if little is read for it: then
+each kernel computes it again, as the residual of a layer.) Everything else lives in registers, and what it was made of
+has to stay until the stored values made of it are there. Liveness goes over the stored values alone, in program order,
+and is corrected for memory that is used twice: a kernel writes over what it reads for the last time, element by
+element; else a result takes memory of its size that fell free before, if keeping it for that does not raise the peak.
 
 Why polynomials of our own: the sum changes at every stored value, and sympy takes milliseconds for what is an addition
 of dictionaries. Each size is expanded by sympy once; a maximum keeps only the sums that no other one covers.
@@ -21,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -37,6 +39,19 @@ aten = torch.ops.aten
 
 GATHERS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
 """Operators that read no more of their first input than they return."""
+
+PRODUCTS = frozenset((aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default))
+"""Operators of libraries whose result is dense, in the order of its elements."""
+
+CONVOLUTIONS = frozenset((aten.convolution.default, aten._convolution.default))
+"""Their input and weight may be copied before: Inductor has the channels last."""
+
+RESHAPES = frozenset((aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default))
+"""Views that leave the elements in their order."""
+
+FEW_READS, FEW_OPERATORS = 4, 30
+"""A pointwise value that is made of so few others, by so few operators, is computed again by each kernel that reads it
+(Inductor's ``realize_reads_threshold`` and ``realize_opcount_threshold``)."""
 
 FUSED = frozenset((
     *GATHERS,
@@ -85,6 +100,31 @@ def segment_costs(
     return _Costs(graph, segments, machine, is_fused).run()
 
 
+class _Amount:
+    """Bytes of the values that are live: as a sum of monomials, and with the sizes at capture."""
+
+    def __init__(self, terms: dict[str, int], nbytes: int) -> None:
+        self.terms = terms
+        self.nbytes = nbytes
+
+    def copy(self) -> _Amount:
+        return _Amount(dict(self.terms), self.nbytes)
+
+    def add(self, node: fx.Node, factor: int) -> None:
+        _add(self.terms, _size(node), factor)
+        self.nbytes += factor * _nbytes(node)
+
+    def polynomial(self) -> Polynomial:
+        return _frozen(self.terms)
+
+
+class _Kernel(NamedTuple):
+    """The stored value that a kernel makes (None: what a segment begins with), and those that are over after it."""
+
+    makes: fx.Node | None
+    frees: list[fx.Node]
+
+
 class _Costs:
     def __init__(
         self,
@@ -100,29 +140,65 @@ class _Costs:
         self.roots = memory_roots(self.nodes)
         self.segment_of = {node: index for index, nodes in enumerate(segments) for node in nodes}
         self.level = self._levels()
-        self.stored = self._stored()
-        self.reads = self._reads()
+        self.stored: set[fx.Node] = set()
+        self.reads: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._find_stored()
 
     def run(self) -> list[SegmentCost]:
         freed_after = self._freed_after()
-        live: dict[str, int] = {}
-        live_bytes = 0
+        live = _Amount({}, 0)
         costs = []
         for nodes in self.segments:
-            peaks: dict[Polynomial, int] = {_frozen(live): live_bytes}
-            compute_us = 0.0
+            kernels, moments = [_Kernel(None, [])], [live.copy()]
             for node in nodes:
                 if node in self.stored:
-                    compute_us += self._kernel_us(node)
-                    _add(live, _size(node), 1)
-                    live_bytes += _nbytes(node)
-                    peaks[_frozen(live)] = live_bytes
+                    live.add(node, 1)
+                    kernels.append(_Kernel(node, []))
+                    moments.append(live.copy())
+                    if node.target in CONVOLUTIONS and self.is_fused:
+                        for operand in node.all_input_nodes[:2]:
+                            moments[-1].add(operand, 1)
                 for root in freed_after.get(node, ()):
-                    _add(live, _size(root), -1)
-                    live_bytes -= _nbytes(root)
+                    live.add(root, -1)
+                    kernels[-1].frees.append(root)
+            if self.is_fused:
+                self._reuse(kernels, moments)
+            compute_us = sum(self._kernel_us(kernel.makes) for kernel in kernels[1:] if kernel.makes is not None)
+            peaks = largest(moment.polynomial() for moment in moments)
             uses_libraries = any(map(_is_of_library, nodes))
-            costs.append(SegmentCost(largest(peaks), max(peaks.values()), compute_us, uses_libraries))
+            costs.append(SegmentCost(peaks, max(each.nbytes for each in moments), compute_us, uses_libraries))
         return costs
+
+    def _reuse(self, kernels: Sequence[_Kernel], moments: Sequence[_Amount]) -> None:
+        """Correct what is live at each moment for the memory that Inductor gives to a second value.
+
+        A kernel writes over what it reads last where it can. Otherwise it takes memory of just its size that fell free
+        before, which so was kept in between: but only if that does not raise the peak, as Inductor predicts it.
+        """
+        predicted_bytes = [moment.nbytes for moment in moments]
+        most_bytes = max(predicted_bytes)
+        pool: dict[tuple[torch.dtype, str], list[int]] = {}
+        for index, (makes, frees) in enumerate(kernels):
+            overwritten = None
+            key = _memory_key(makes) if makes is not None else None
+            if makes is not None and key is not None:
+                nbytes = _nbytes(makes)
+                overwritten = self._overwritten(makes, frees)
+                if overwritten is not None:
+                    moments[index].add(makes, -1)
+                elif pool.get(key) and (
+                    pool[key][-1] + 1 == index or max(predicted_bytes[pool[key][-1] + 1 : index]) + nbytes <= most_bytes
+                ):
+                    for between in range(pool[key].pop() + 1, index):
+                        predicted_bytes[between] += nbytes
+                        moments[between].add(makes, 1)
+            for root in frees:
+                freed_key = _memory_key(root)
+                if root is not overwritten and freed_key is not None and self._is_of_segment(root, makes):
+                    pool.setdefault(freed_key, []).append(index)
+
+    def _is_of_segment(self, root: fx.Node, makes: fx.Node | None) -> bool:
+        return makes is not None and self.segment_of.get(root) == self.segment_of[makes]
 
     def _levels(self) -> dict[fx.Node, int]:
         """How many operators of libraries lie behind each value, at most: a kernel fuses values of one level."""
@@ -133,38 +209,39 @@ class _Costs:
             levels[node] = behind + _is_of_library(node)
         return levels
 
-    def _stored(self) -> frozenset[fx.Node]:
-        """The owners of memory whose values reach it."""
-        stored: set[fx.Node] = set()
+    def _find_stored(self) -> None:
+        """Which owners of memory have values that reach it; and for each node, what of memory it is computed from:
+        stored values, weights and inputs."""
+        readers: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}  # by owner: what is read of it, and by whom
         for node in self.nodes:
-            if node not in self.segment_of:
-                continue
-            if _is_of_library(node) or not self.is_fused:
-                stored.update(self.roots[node])
-            for source in node.all_input_nodes:
-                if self._must_reach_memory(source, node):
-                    stored.update(self.roots[source])
-        for source in self.nodes[-1].all_input_nodes:
-            stored.update(self.roots[source])
-        return frozenset(node for node in stored if node.op == "call_function" and node in self.segment_of)
-
-    def _must_reach_memory(self, source: fx.Node, reader: fx.Node) -> bool:
-        if _is_of_library(reader) or written_inputs(reader):
-            return True
-        if self.segment_of.get(source) != self.segment_of[reader]:
-            return True
-        return self.level[reader] > self.level[source]
-
-    def _reads(self) -> dict[fx.Node, frozenset[fx.Node]]:
-        """For each node, what of memory it is computed from: stored values, weights and inputs."""
-        reads: dict[fx.Node, frozenset[fx.Node]] = {}
-        for node in self.nodes:
-            found: set[fx.Node] = set()
             for source in node.all_input_nodes:
                 for root in self.roots[source]:
-                    found |= {root} if root in self.stored or root.op == "placeholder" else reads[root]
-            reads[node] = frozenset(found)
-        return reads
+                    readers.setdefault(root, []).append((source, node))
+        operators: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            behind = {root for source in node.all_input_nodes for root in self.roots[source]}
+            fused = {root for root in behind if root not in self.stored and root.op != "placeholder"}
+            self.reads[node] = frozenset(behind - fused).union(*(self.reads[root] for root in fused))
+            operators[node] = 1 + sum(operators[root] for root in fused)
+            if node in self.segment_of and node in self.roots[node] and node.op == "call_function":
+                repeatable = (
+                    _is_pointwise(node) and len(self.reads[node]) <= FEW_READS and operators[node] <= FEW_OPERATORS
+                )
+                if self._is_stored(node, readers.get(node, ()), repeatable):
+                    self.stored.add(node)
+
+    def _is_stored(self, node: fx.Node, readers: Iterable[tuple[fx.Node, fx.Node]], repeatable: bool) -> bool:
+        if _is_of_library(node) or not self.is_fused:
+            return True
+        return any(self._must_reach_memory(source, reader, repeatable) for source, reader in readers)
+
+    def _must_reach_memory(self, source: fx.Node, reader: fx.Node, repeatable: bool) -> bool:
+        if reader.op == "output" or _is_of_library(reader) or written_inputs(reader):
+            return True
+        if self.segment_of.get(source) != self.segment_of.get(reader):
+            return True
+        # What little a later kernel would have to read again is computed again.
+        return self.level[reader] > self.level[source] and not repeatable
 
     def _freed_after(self) -> dict[fx.Node, list[fx.Node]]:
         """Which stored values are over after each node: when the last stored value made of them is there."""
@@ -180,6 +257,49 @@ class _Costs:
                 freed.setdefault(node, []).append(root)
         return freed
 
+    def _overwritten(self, node: fx.Node, freed: Sequence[fx.Node]) -> fx.Node | None:
+        """The value that is read for the last time by the kernel of ``node``, which writes its result over it.
+
+        Inductor does so where the kernel reads and writes each element at the same place, and nothing else that is not
+        done yet reads the value. What it is handed from outside it leaves alone.
+        """
+        if not self.is_fused or not _is_pointwise(node):
+            return None
+        for root in freed:
+            same = root.op == "call_function" and self.segment_of[root] == self.segment_of[node]
+            if same and (root.target in PRODUCTS or not _is_of_library(root)) and self._reads_in_order(node, root):
+                return root
+        return None
+
+    def _reads_in_order(self, node: fx.Node, root: fx.Node) -> bool:
+        """Whether all that reads ``root`` is done before the kernel of ``node``, or leads to it element by element."""
+        if _layout(root) is None or _layout(root) != _layout(node):
+            return False
+        done = {each for each in self._ancestors(node, root) if self.level[each] < self.level[node]}
+        waiting, seen = [root], {root, node}
+        while waiting:
+            for user in waiting.pop().users:
+                if user in seen:
+                    continue
+                seen.add(user)
+                is_fused_in_order = user not in self.stored and _is_elementwise(user, root)
+                if is_fused_in_order:
+                    waiting.append(user)
+                elif user not in done:
+                    return False
+        return True
+
+    def _ancestors(self, node: fx.Node, since: fx.Node) -> set[fx.Node]:
+        """What ``node`` is computed from, as far as it comes after ``since``."""
+        found: set[fx.Node] = set()
+        waiting = [node]
+        while waiting:
+            for source in waiting.pop().all_input_nodes:
+                if source not in found and source > since:
+                    found.add(source)
+                    waiting.append(source)
+        return found
+
     def _kernel_us(self, node: fx.Node) -> float:
         gathered = node.all_input_nodes[:1] if node.target in GATHERS else []
         inputs = [each for each in self.reads[node] if each not in gathered]
@@ -187,6 +307,31 @@ class _Costs:
         operands = [tensor for each in node.all_input_nodes for tensor in tensors_of(each)]
         dtype = str(operands[0].dtype).removeprefix("torch.") if operands else ""
         return kernel_time_us(self.machine, dtype, _flops(node), traffic_bytes)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def _layout(node: fx.Node) -> tuple[torch.dtype, str] | None:
+    """Dtype and number of elements of a node that makes one dense tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        return None
+    return value.dtype, str(value.numel())
+
+
+def _memory_key(node: fx.Node) -> tuple[torch.dtype, str] | None:
+    """What two values must have in common for one to get the memory of the other."""
+    value = node.meta.get("val")
+    return (value.dtype, str(value.numel())) if isinstance(value, torch.Tensor) else None
+
+
+def _is_elementwise(node: fx.Node, source: fx.Node) -> bool:
+    """Whether each element of a node is made of the element of ``source`` at the same place."""
+    same_size = [tensor.numel() for tensor in tensors_of(node)] == [tensor.numel() for tensor in tensors_of(source)]
+    return node.target in RESHAPES or (_is_pointwise(node) and same_size)
 
 
 def _is_of_library(node: fx.Node) -> bool:

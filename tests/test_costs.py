@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
@@ -60,7 +61,61 @@ def test_what_a_later_kernel_reads_again_stays() -> None:
         return y + y @ w
 
     (cost,) = costs_of(residual, torch.zeros(16, 16), torch.zeros(16, 16))
-    assert cost.activations_bytes == 3 * 1024
+    assert cost.activations_bytes == 2 * 1024  # the sum is written over one of its summands
+    (plain,) = costs_of(residual, torch.zeros(16, 16), torch.zeros(16, 16), fused=False)
+    assert plain.activations_bytes == 3 * 1024
+
+
+def test_what_is_read_element_by_element_for_the_last_time_is_written_over() -> None:
+    x, w = torch.zeros(16, 16), torch.zeros(16, 16)
+    (over,) = costs_of(lambda x, w: torch.relu(x @ w) @ w, x, w)
+    assert over.activations_bytes == 2 * 1024
+    (turned,) = costs_of(lambda x, w: (torch.relu(x @ w).t() + x).t().contiguous() @ w, x, w)
+    assert turned.activations_bytes == 2 * 1024
+
+    def read_again(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        return torch.relu(y) @ w @ y
+
+    (kept,) = costs_of(read_again, x, w)
+    assert kept.activations_bytes == 3 * 1024
+
+
+def test_what_the_caller_hands_over_is_not_written_over() -> None:
+    costs = costs_of(lambda x, w: torch.relu(x @ w), torch.zeros(16, 16), torch.zeros(16, 16), cuts=(1,))
+    assert [cost.activations_bytes for cost in costs] == [1024, 2048]
+
+
+def test_what_takes_few_reads_is_computed_again() -> None:
+    """As the residual of a layer: both summands stay, the sum is never stored."""
+
+    def layer(x: Tensor, w: Tensor) -> Tensor:
+        y = x + x @ w
+        return y + torch.relu(y.softmax(-1) @ w) @ w
+
+    x, w = torch.zeros(16, 16), torch.zeros(16, 16)
+    (cost,) = costs_of(layer, x, w)
+    assert cost.activations_bytes == 3 * 1024  # the first product, and one product that reads the other
+
+
+def test_a_convolution_may_copy_what_it_reads() -> None:
+    x, w = torch.zeros(1, 4, 8, 8), torch.zeros(4, 4, 3, 3)
+    results = [
+        costs_of(lambda x, w: nn.functional.conv2d(x, w, padding=1), x, w, fused=fused) for fused in (True, False)
+    ]
+    (fused,), (plain,) = results
+    assert fused.activations_bytes == 2 * x.nbytes + w.nbytes
+    assert plain.activations_bytes == x.nbytes
+
+
+def test_memory_that_fell_free_is_kept_for_its_size() -> None:
+    def function(x: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        y = x @ w  # read by the first of the products below alone, and then kept for the last one
+        return ((y @ w @ up) @ down) @ w
+
+    sizes = (16, 16), (16, 16), (16, 20), (20, 16)
+    (cost,) = costs_of(function, *(torch.zeros(size) for size in sizes))
+    assert cost.activations_bytes == (16 + 20) * 16 * 4
 
 
 def test_values_of_other_segments_count() -> None:
@@ -132,8 +187,8 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("compiler", "most"), [("aot_eager", 1.01), ("inductor", 1.35)])
-def test_against_what_torch_allocates(compiler: str, most: float, grad: bool) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_against_what_torch_allocates(compiler: str, grad: bool) -> None:
     torch._dynamo.reset()
     model = spcompile.offload(nn.Sequential(*(Block(64) for _ in range(3))), device="cpu")
     fast = torch.compile(model, backend="superpipeline", options={"k": 100, "compiler": compiler})
@@ -144,9 +199,48 @@ def test_against_what_torch_allocates(compiler: str, most: float, grad: bool) ->
         gc.collect()
         measured_bytes = _peak_of(lambda: fast(x))
     plan = spcompile.plan(fast)
-    assert measured_bytes <= plan.activations_bytes * 1.001
-    assert plan.activations_bytes <= measured_bytes * most
+    assert measured_bytes == pytest.approx(plan.activations_bytes, rel=0.001)
     assert plan.peak_bytes() >= plan.weights_bytes + x.nbytes + plan.activations_bytes
+
+
+def _llama() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4, vocab_size=500
+    )
+    tokens = torch.ones(4, 64, dtype=torch.int64)
+    return transformers.LlamaForCausalLM(config), {"input_ids": tokens, "use_cache": False}
+
+
+def _vit() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.ViTConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8
+    )
+    return transformers.ViTModel(config), {"pixel_values": torch.randn(4, 3, 64, 64)}
+
+
+def _t5() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.T5Config(d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, vocab_size=300)
+    tokens = torch.ones(4, 32, dtype=torch.int64)
+    return transformers.T5Model(config), {"input_ids": tokens, "decoder_input_ids": tokens, "use_cache": False}
+
+
+def _convnext() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.ConvNextConfig(hidden_sizes=[16, 32, 48, 64], depths=[2, 2, 2, 2])
+    return transformers.ConvNextModel(config), {"pixel_values": torch.randn(4, 3, 64, 64)}
+
+
+@pytest.mark.parametrize("make", [_llama, _vit, _t5, _convnext])
+def test_architectures_against_what_torch_allocates(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> None:
+    torch._dynamo.reset()
+    model, inputs = make()
+    spcompile.offload(model.eval(), device="cpu")
+    fast = torch.compile(model, backend="superpipeline", options={"k": 100})
+    with torch.no_grad():
+        for _ in range(2):
+            fast(**inputs)
+        gc.collect()
+        measured_bytes = _peak_of(lambda: fast(**inputs))
+    assert measured_bytes == pytest.approx(spcompile.plan(fast).activations_bytes, rel=0.01)
 
 
 def _peak_of(call: Callable[[], object]) -> int:
