@@ -13,6 +13,7 @@ from dataclasses import replace
 from spcompile.errors import OptionError
 from spcompile.ir import ALIGNMENT_BYTES, Interval, Plan, Slot, Step
 from spcompile.planner.early import start_early, visits_of
+from spcompile.planner.gaps import keep_gaps
 from spcompile.planner.packing import Packing, pack
 from spcompile.planner.slots import assign_slots, hold_slots, most_held, slot_period
 from spcompile.planner.window import Stay, plan_window
@@ -54,23 +55,30 @@ def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
     return packed if packed.arena_bytes < in_slots.arena_bytes else in_slots
 
 
-def stream_in_room(plan: Plan, residents: Collection[int], room_bytes: int) -> Plan:
+def stream_in_room(
+    plan: Plan, residents: Collection[int], room_bytes: int, *, reserve_bytes: int | None = None
+) -> Plan:
     """The plan with these residents and everything else streamed through so much memory.
 
     Args:
         plan: pages, steps and costs; how it streams so far does not matter.
         residents: indices of the pages that stay on the device.
         room_bytes: most bytes of the arena.
+        reserve_bytes: what of it is not taken to keep pages between their uses; None: nothing is kept.
 
     Raises:
         ValueError: some step needs more room.
     """
     kept = frozenset(residents)
     n_steps = len(plan.steps)
-    visits = visits_of(_streamed(plan, kept))
-    sizes_bytes = [plan.pages[visit.page].slot_bytes for visit in visits]
+    all_visits = visits_of(_streamed(plan, kept))
     usable_bytes = room_bytes
     while True:
+        visits = all_visits
+        if reserve_bytes is not None:
+            sizes_bytes = [plan.pages[visit.page].slot_bytes for visit in visits]
+            visits = keep_gaps(visits, sizes_bytes, n_steps, max(0, usable_bytes - reserve_bytes))
+        sizes_bytes = [plan.pages[visit.page].slot_bytes for visit in visits]
         stays = start_early(visits, sizes_bytes, n_steps, usable_bytes, plan.wraps)
         packing = pack(stays, sizes_bytes, n_steps, wraps=plan.wraps)
         if packing.arena_bytes <= room_bytes:
