@@ -14,7 +14,8 @@ segment before it (a sum between two layers costs no segment of its own).
 often the layer runs; a weight tied between two places is a page of its own, so that neither place drags in the other's
 weights. Tables outside the layers of which only rows are read are apart from what is read whole: they may be read in
 place. Small weights outside the layers are leftovers: a copy of some KiB costs 15 us of link time whatever its size.
-Cuts and pages never depend on k and m: plans of one model share compiled segments and host memory.
+Cuts and pages never depend on k and m: plans of one model share compiled segments and host memory. Only where a budget,
+or the device, has no room for whole layers are they cut finer (``cut_finer.py``).
 
 The odd case: weights that the graph writes stay out of pages, and are used in place.
 """
@@ -35,6 +36,7 @@ from spcompile.graph import is_scalar, nbytes_of, tensors_of
 from spcompile.ir import Page, Plan, Step, Weight
 from spcompile.module_tree import readable_path
 from spcompile.passes.base import IN_PLACE, LAYER, SEGMENT, Program, written_weights
+from spcompile.passes.cut_finer import cut_finer
 from spcompile.planner.choose import least_capacity_bytes
 from spcompile.planner.make_plan import place_graph
 from spcompile.text import format_bytes
@@ -43,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 MARGIN_FRACTION = 0.05
 """Part of the device's free memory that a plan leaves alone where nothing was asked for: fragmentation, workspaces."""
+
+PARTS = (2, 3, 4, 6, 8, 12, 16, 32)
+"""Parts of the largest page that are tried as the limit of a page, where whole layers do not fit."""
 
 LEFTOVER_FRACTION = 64
 """Weights outside the layers that together are smaller than this part of the largest page stay on the device."""
@@ -62,6 +67,68 @@ class _Run:
 def make_schedule(program: Program) -> None:
     """Cut the graph into runs, group weights into pages, and plan. Sets ``program.plan`` and ``node.meta[SEGMENT]``."""
     runs = _runs(program)
+    graph = _schedule(program, runs)
+    if not _has_room(program, graph):
+        graph = _cut_to_fit(program, runs, graph)
+    program.plan = _place(program, graph)
+
+
+def _has_room(program: Program, graph: Plan) -> bool:
+    """Whether the memory that was asked for, or is free, is enough for the smallest plan."""
+    capacity_bytes = _capacity_bytes(program, graph)
+    return capacity_bytes is None or least_capacity_bytes(graph) <= capacity_bytes
+
+
+def _capacity_bytes(program: Program, graph: Plan) -> int | None:
+    """What weights may take of the device; None where k decides, or there is enough."""
+    options = program.options
+    if options.k is not None:
+        return None
+    if options.budget is not None:
+        return options.budget - graph.beside_bytes()
+    return None if program.free_bytes is None else free_capacity_bytes(program.free_bytes, graph)
+
+
+def _cut_to_fit(program: Program, runs: Sequence[_Run], whole: Plan) -> Plan:
+    """The graph cut finer and finer, until the smallest plan fits; the graph in whole layers where it never does."""
+    largest_bytes = max((page.nbytes for page in whole.pages), default=0)
+    smallest, n_runs = whole, len(runs)
+    for parts in PARTS:
+        cut = _cut(program, runs, largest_bytes // parts)
+        if len(cut) == n_runs:
+            continue
+        n_runs = len(cut)
+        graph = _schedule(program, cut)
+        if _has_room(program, graph):
+            return graph
+        smallest = min(smallest, graph, key=_least_bytes)
+    if program.options.budget is not None:
+        raise OptionError(_infeasible(smallest, program.options.budget))
+    return _schedule(program, runs)
+
+
+def _least_bytes(graph: Plan) -> int:
+    return graph.beside_bytes() + least_capacity_bytes(graph)
+
+
+def _cut(program: Program, runs: Sequence[_Run], limit_bytes: int) -> list[_Run]:
+    """The runs, those of layers that read more weights than the limit in pieces."""
+    written = written_weights(program)
+    weight_of = {node: each.weight for node, each in program.weight_nodes().items() if each.weight not in written}
+    cut: list[_Run] = []
+    for run in runs:
+        too_large = run.layer is not None and sum(weight.nbytes for weight in run.reads) > limit_bytes
+        pieces = cut_finer(run.nodes, weight_of, limit_bytes) if too_large else [run.nodes]
+        for number, nodes in enumerate(pieces):
+            label = f"{run.label}:{number}" if len(pieces) > 1 else run.label
+            read = {weight_of[source] for node in nodes for source in node.all_input_nodes if source in weight_of}
+            reads = {weight: path for weight, path in run.reads.items() if weight in read}
+            cut.append(_Run(label, run.layer, nodes, reads))
+    return cut
+
+
+def _schedule(program: Program, runs: Sequence[_Run]) -> Plan:
+    """The graph with pages, steps and what is known of their costs, not placed. Sets ``node.meta[SEGMENT]``."""
     gathered = [_gathered_bytes(program, run) for run in runs]
     pages, leftovers = _pages(program, runs, gathered)
     written = written_weights(program)
@@ -79,7 +146,7 @@ def make_schedule(program: Program) -> None:
         gathers = tuple(_gathers(pages, tuple(reads), run.reads, rows_bytes))
         steps.append(Step(name, run.layer, tuple(reads), cost.compute_us, cost.activations_bytes, gathers))
     unplaced = Plan(program.device, 1, 1, program.wraps, pages, leftovers, (), tuple(steps), (), 1, ())
-    program.plan = _place(program, replace(unplaced, **_totals(program, costs)))
+    return replace(unplaced, **_totals(program, costs))
 
 
 def _totals(program: Program, costs: Sequence[SegmentCost]) -> dict[str, Any]:
@@ -104,19 +171,13 @@ def _place(program: Program, graph: Plan) -> Plan:
     place = partial(place_graph, graph, residents=residents, elsewhere_pages=program.elsewhere_pages)
     if options.k is not None:
         return place(k=options.k, m=options.m)
-    if options.budget is not None:
-        capacity_bytes = options.budget - graph.beside_bytes()
-        if capacity_bytes < least_capacity_bytes(graph):
-            raise OptionError(_infeasible(graph, options.budget))
-        return place(capacity_bytes=capacity_bytes)
-    if program.free_bytes is None:
-        return place(max_slowdown=options.max_slowdown)
-    capacity_bytes = free_capacity_bytes(program.free_bytes, graph)
-    if options.max_slowdown is not None:
-        return place(capacity_bytes=capacity_bytes, max_slowdown=options.max_slowdown)
+    capacity_bytes = _capacity_bytes(program, graph)
     try:
-        return place(capacity_bytes=capacity_bytes)
-    except OptionError as error:  # it may well fit: what is predicted is rather too much than too little
+        return place(capacity_bytes=capacity_bytes, max_slowdown=options.max_slowdown)
+    except OptionError as error:
+        if options.budget is not None or options.max_slowdown is not None:
+            raise
+        # It may well fit: what is predicted is rather too much than too little.
         logger.warning("%s; streaming everything", error)
         widest = max(len(step.reads) for step in graph.steps)
         return place(k=max(widest, min(2, len(graph.pages) - 1)), m=1)

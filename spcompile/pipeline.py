@@ -46,7 +46,7 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
         if not program.options.verify:
             continue
         if program.plan is not None and not planned_before:
-            violations = verify_plan(program.plan)
+            violations = verify_plan(program.plan, program.options.budget)
             if violations:  # the text of a plan takes as long as checking it
                 raise_if_any("the plan", format_plan(program.plan).splitlines(), violations)
         names = {name: source.weight.name for name, source in program.weights.items()}

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def mutants(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """All mutants of one mistake, with names that say what was done; those equal to the plan are left out."""
-    for make in (_of_header, _of_pages, _of_slots, _of_intervals, _of_interval_pairs):
+    for make in (_of_header, _of_mapped, _of_pages, _of_slots, _of_intervals, _of_interval_pairs):
         for name, mutant in make(plan):
             if mutant != plan:
                 yield name, mutant
@@ -43,6 +43,16 @@ def _of_header(plan: Plan) -> Iterator[tuple[str, Plan]]:
         yield f"resident {page} added", replace(plan, residents=(*plan.residents, page))
 
 
+def _of_mapped(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for page in plan.mapped:
+        yield f"mapped {page} removed", replace(plan, mapped=tuple(each for each in plan.mapped if each != page))
+        yield f"mapped {page} resident", replace(plan, residents=(*plan.residents, page))
+    gathered = {page for step in plan.steps for page, _ in step.gathers}
+    for page in range(len(plan.pages)):
+        if page not in gathered:
+            yield f"mapped {page} added", replace(plan, mapped=(*plan.mapped, page))
+
+
 def _of_pages(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for index, (one, two) in enumerate(zip(plan.pages, plan.pages[1:], strict=False)):
         renamed = Page(one.name, two.weights)
@@ -65,6 +75,9 @@ def _of_slots(plan: Plan) -> Iterator[tuple[str, Plan]]:
             ("misaligned", Slot(slot.offset_bytes + 1, slot.nbytes)),
         ):
             yield f"slot {index} {name}", replace(plan, slots=changed(plan.slots, index, other))
+        if index + 1 < len(plan.slots):
+            other = Slot(slot.offset_bytes + ALIGNMENT_BYTES, slot.nbytes)
+            yield f"slot {index} moved up", replace(plan, slots=changed(plan.slots, index, other))
         if index:
             other = Slot(plan.slots[index - 1].offset_bytes, slot.nbytes)
             yield f"slot {index} over {index - 1}", replace(plan, slots=changed(plan.slots, index, other))

@@ -40,8 +40,13 @@ def _step_may_run(plan: Plan, phase: int, step: int) -> bool:
         len(held) <= plan.k
         and len(set(held)) == len(held)
         and not any(_share(plan, one, two) for one, two in combinations(slots, 2))
-        and all(page in loaded or page in plan.residents for page in plan.steps[step].reads)
+        and all(page in loaded or page in plan.residents for page in _copied(plan, step))
     )
+
+
+def _copied(plan: Plan, step: int) -> list[int]:
+    in_place = {page for page, _ in plan.steps[step].gathers}
+    return [page for page in plan.steps[step].reads if not (page in plan.mapped and page in in_place)]
 
 
 def _share(plan: Plan, one: int, two: int) -> bool:

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph",),
     ("graph_text", "cuda_decompositions", "costs"),
     ("passes.base", "verify.graphs", "partition"),
-    ("passes.structure",),
+    ("passes.structure", "passes.cut_finer"),
     ("passes.*",),
     ("segments", "runtime.*"),
     ("capture", "rehome", "cuda_attention"),
@@ -44,7 +44,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     # A verifier that shared code with what it checks would share its mistakes; so the other two do not see it either.
     "verify": (),
     "verify.violations": ("errors", "ir", "text"),
-    "verify.plans": ("errors", "ir", "text", "verify.violations"),
+    "verify.plans": ("errors", "sizes", "ir", "text", "verify.violations"),
     "verify.graphs": ("errors", "ir", "text", "ops", "graph_text", "verify.violations", "verify.plans"),
     "planner.*": ("errors", "options", "ir", "text", "planner.*"),
     # A pass sees its base, never another pass.
@@ -52,6 +52,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "passes.*": (
         *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "costs", "passes.base"),
         "passes.structure",  # not a pass: what find_layers does where names say nothing
+        "passes.cut_finer",  # not a pass: what make_schedule does where there is no room for whole layers
     ),
     "runtime.*": ("errors", "ir", "text", "ops", "runtime.*"),
 }

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from spcompile.ir import ALIGNMENT_BYTES, Interval, Plan
+from spcompile.sizes import value_of
 from spcompile.text import LineKey, format_bytes, plan_text
 from spcompile.verify.violations import Violation
 
@@ -32,7 +33,7 @@ def verify_plan(plan: Plan, budget_bytes: int | None = None) -> list[Violation]:
 
     Args:
         plan: any plan; a wrong one makes violations, not exceptions.
-        budget_bytes: most bytes that weights may take on the device at once; None for no limit.
+        budget_bytes: most bytes of the device at any moment, for weights and all else; None for no limit.
     """
     findings = [
         *_check_counts(plan),
@@ -228,13 +229,27 @@ def _check_bytes(plan: Plan, budget_bytes: int | None) -> Iterator[_Finding]:
     arena = max((slot.offset_bytes + slot.nbytes for slot in plan.slots), default=0)
     residents = sum(_page_bytes(plan, page) for page in plan.residents)
     peak = arena + residents + sum(weight.nbytes for weight in plan.leftovers)
-    if budget_bytes is not None and peak > budget_bytes:
-        over = f"{peak} bytes at once ({format_bytes(peak)})"
-        yield _HEADER, f"weights take {over}, but the budget is {budget_bytes} bytes ({format_bytes(budget_bytes)})"
+    if budget_bytes is not None:
+        yield from _check_budget(plan, peak, budget_bytes)
     if arena != plan.arena_bytes:
         yield _HEADER, f"the slots end at byte {arena}, but the plan says that the arena has {plan.arena_bytes} bytes"
     if all(_is_page(plan, page) for page in plan.residents) and peak != plan.peak_weight_bytes:
         yield _HEADER, f"weights take {peak} bytes at once, but the plan says {plan.peak_weight_bytes}"
+
+
+def _check_budget(plan: Plan, weights_bytes: int, budget_bytes: int) -> Iterator[_Finding]:
+    """At each step: weights, which hold their memory all the time, its own values, and what is there beside both."""
+    budget = f"the budget is {budget_bytes} bytes ({format_bytes(budget_bytes)})"
+    if weights_bytes > budget_bytes:
+        taken = f"{weights_bytes} bytes at once ({format_bytes(weights_bytes)})"
+        yield _HEADER, f"weights take {taken}, but {budget}"
+    beside_bytes = value_of(plan.inputs, dict(plan.sizes)) + plan.workspace_bytes + plan.other_bytes
+    for index, step in enumerate(plan.steps):
+        total_bytes = weights_bytes + beside_bytes + step.activations_bytes
+        if total_bytes > budget_bytes >= weights_bytes:
+            parts = f"weights {format_bytes(weights_bytes)}, values {format_bytes(step.activations_bytes)}"
+            parts += f", inputs and all else {format_bytes(beside_bytes)}"
+            yield ("step", index), f"step {index} takes {total_bytes} bytes ({parts}), but {budget}"
 
 
 @dataclass(frozen=True)

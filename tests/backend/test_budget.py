@@ -135,6 +135,45 @@ def test_more_memory_moves_less() -> None:
         assert plan.bytes_moved <= point.plan.bytes_moved
 
 
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_layers_that_are_too_large_are_cut_finer(compiler: str) -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    whole_bytes = planned(model, x, k=1).tradeoff()[0].peak_bytes
+    page_bytes = max(page.nbytes for page in planned(model, x, k=1).pages)
+    fast = compiled(spcompile.offload(make(), device="cpu"), budget=whole_bytes - page_bytes // 3, compiler=compiler)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0 if compiler == "eager" else 1e-5)
+    plan = spcompile.plan(fast)
+    assert isinstance(plan, Plan)
+    assert plan.peak_bytes() <= whole_bytes - page_bytes // 3
+    assert len(plan.layers) == 6
+    assert [len(layer.pages) for layer in plan.layers] == [2] * 6
+    assert max(page.nbytes for page in plan.pages) < page_bytes
+
+
+def test_where_whole_layers_fit_nothing_is_cut() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    least_bytes = planned(model, x, k=1).tradeoff()[0].peak_bytes
+    assert planned(model, x, budget=least_bytes).pages == planned(model, x, k=1).pages
+
+
+def test_pages_that_were_cut_stay_so() -> None:
+    """A second graph of the model reads both halves of a layer at once, and says what that needs."""
+    model, x = spcompile.offload(make(), device="cpu"), torch.randn(3, WIDTH)
+    least_bytes = planned(make(), x, k=1).tradeoff()[0].peak_bytes
+    with torch.no_grad():
+        small = compiled(model, budget=least_bytes - 20_000)
+        assert torch.equal(small(x), make()(x))
+        torch._dynamo.reset()
+        large = compiled(model, budget=2 * least_bytes)
+        assert torch.equal(large(x), make()(x))
+    plan = spcompile.plan(large)
+    assert isinstance(plan, Plan)
+    assert [len(step.reads) for step in plan.steps] == [2] * 6
+    assert plan.peak_bytes() <= 2 * least_bytes
+
+
 def test_a_budget_that_is_too_little_says_what_would_do() -> None:
     model, x = make(), torch.randn(3, WIDTH)
     with pytest.raises(BackendError, match=r"option 'budget' = 9\.77 KiB is too little") as caught, torch.no_grad():

@@ -6,12 +6,15 @@ of `tests.plan_oracle` is a third opinion.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from spcompile.errors import OptionError
 from spcompile.ir import Page, Plan, Step, Weight
-from spcompile.planner.make_plan import make_plan
+from spcompile.planner.machine import PROFILES
+from spcompile.planner.make_plan import place_graph
 from spcompile.verify.plans import verify_plan
 from spcompile.verify.violations import render
 from tests.mutants import mutants
@@ -35,13 +38,19 @@ def graphs(draw: st.DrawFn) -> tuple[tuple[Page, ...], tuple[Step, ...]]:
         Page(f"p{index}", tuple(Weight(f"p{index}.w{part}", nbytes) for part, nbytes in enumerate(each)))
         for index, each in enumerate(sizes)
     )
-    steps = (Step(f"s{index}", None, tuple(number[page] for page in each)) for index, each in enumerate(reads))
+    tables = draw(st.sets(st.integers(0, n_pages - 1), max_size=1))
+    steps = []
+    for index, each in enumerate(reads):
+        mine = tuple(number[page] for page in each)
+        gathers = tuple((page, 8) for page in mine if page in tables)
+        tables -= {page for page, _ in gathers}  # whoever reads it later reads all of it
+        steps.append(Step(f"s{index}", None, mine, 5.0, 100 * index, gathers))
     return pages, tuple(steps)
 
 
 @st.composite
 def made_plans(draw: st.DrawFn) -> tuple[Plan, int | None]:
-    """A plan by k and m, or by capacity; and the bytes that it must keep to."""
+    """A plan by k and m, or by capacity; and the budget that it must keep to."""
     pages, steps = draw(graphs())
     leftovers = (Weight("leftover", 77),) if draw(st.booleans()) else ()
     widest = max([1, *(len(step.reads) for step in steps)])
@@ -54,12 +63,8 @@ def made_plans(draw: st.DrawFn) -> tuple[Plan, int | None]:
         capacity_bytes = draw(st.integers(all_bytes // 4, all_bytes))
     residents = draw(st.sets(st.sampled_from(range(len(pages))), max_size=2)) if pages else ()
     try:
-        plan = make_plan(
-            device="cpu",
-            pages=pages,
-            leftovers=leftovers,
-            steps=steps,
-            wraps=draw(st.booleans()),
+        plan = place_graph(
+            unplaced(pages, leftovers, steps, draw(st.booleans())),
             k=k,
             m=m,
             capacity_bytes=capacity_bytes,
@@ -67,15 +72,27 @@ def made_plans(draw: st.DrawFn) -> tuple[Plan, int | None]:
         )
     except OptionError:
         assume(False)
-    return plan, capacity_bytes
+    return plan, None if capacity_bytes is None else capacity_bytes + plan.beside_bytes()
+
+
+def unplaced(pages: tuple[Page, ...], leftovers: tuple[Weight, ...], steps: tuple[Step, ...], wraps: bool) -> Plan:
+    """A graph with inputs, values and workspaces, on a machine whose link is about as fast as the steps."""
+    machine = replace(PROFILES["h100"], h2d_bytes_per_s=1e9, copy_us=0.5)
+    most_bytes = max((step.activations_bytes for step in steps), default=0)
+    graph = Plan("cpu", 1, 1, wraps, pages, leftovers, (), steps, (), 1, (), machine)
+    return replace(
+        graph, sizes=(("s0", 3),), inputs=(("s0", 7),), activations=((("1", most_bytes),),), workspace_bytes=50
+    )
 
 
 @given(made_plans())
 def test_made_plans_are_clean(made: tuple[Plan, int | None]) -> None:
-    plan, capacity_bytes = made
-    violations = verify_plan(plan, capacity_bytes)
+    plan, budget_bytes = made
+    violations = verify_plan(plan, budget_bytes)
     assert not violations, "\n" + render(str(plan).splitlines(), violations)
     assert may_run(plan)
+    assert not verify_plan(plan, plan.peak_bytes())
+    assert verify_plan(plan, plan.peak_bytes() - 1)
 
 
 @given(made_plans(), st.data())
@@ -94,7 +111,7 @@ def test_what_every_plan_needs(made: tuple[Plan, int | None]) -> None:
         words = mutation.split()
         if words[0] == "interval" and words[2] in {"dropped", "doubled", "nowhere", "lacks"}:
             assert verify_plan(mutant), mutation
-        if words[0] in {"resident", "page", "step"} or mutation in {"m = 0", "slot nobody takes"}:
+        if words[0] in {"resident", "page", "step", "mapped"} or mutation in {"m = 0", "slot nobody takes"}:
             if mutation.endswith("removed") and not any(int(words[1]) in step.reads for step in plan.steps):
                 continue
             assert verify_plan(mutant) or not plan.pages, mutation
