@@ -201,7 +201,8 @@ def _placements(graph: Plan, capacity_bytes: int, preferred: Collection[int]) ->
     for n_slots in counts:
         choices.setdefault(spread_residents(page_bytes, reads, room_bytes, preferred, n_slots), n_slots)
     if graph.machine is not None and _is_irregular(graph):
-        choices.setdefault((), 0)  # smaller pages beside the large ones, or kept between their uses
+        # All other room for smaller pages beside the large ones, or for keeping pages between their uses.
+        choices.setdefault(tuple(sorted(preferred)), 0)
     for residents, n_slots in choices.items():
         found = list(_streamed_beside(graph, residents, capacity_bytes))
         yield from found
@@ -212,6 +213,8 @@ def _placements(graph: Plan, capacity_bytes: int, preferred: Collection[int]) ->
 def _streamed_beside(graph: Plan, residents: Collection[int], capacity_bytes: int) -> Iterator[Plan]:
     """The plans with these residents: without keeping pages between their uses, and with that if there are any."""
     room_bytes = capacity_bytes - graph.leftovers_bytes - sum(graph.pages[page].slot_bytes for page in residents)
+    if room_bytes < 0:
+        return
     visits = Counter(visit.page for visit in visits_of(_needs(graph)) if visit.page not in residents)
     reserves: list[int | None] = [None]
     if max(visits.values(), default=0) > 1:
@@ -239,10 +242,12 @@ def _improve(best: Plan, capacity_bytes: int, preferred: Collection[int]) -> Pla
         sets += [{*best.residents, page} - {other} for other in loose for page in streamed]
         sets += [set(best.residents) - {other} for other in loose]
         for residents in sets:
-            if sum(best.pages[page].slot_bytes for page in residents) > capacity_bytes or not tries_left:
+            if not tries_left:
+                return best
+            found = min(_streamed_beside(best, sorted(residents), capacity_bytes), key=_cost, default=None)
+            if found is None:
                 continue
             tries_left -= 1
-            found = min(_streamed_beside(best, sorted(residents), capacity_bytes), key=_cost, default=best)
             if _cost(found) < cost:
                 best, cost = found, _cost(found)
                 break

@@ -195,6 +195,18 @@ def test_a_table_that_another_graph_keeps_is_not_mapped() -> None:
     assert (kept.mapped, kept.residents[0]) == ((), 0)
 
 
+def test_pages_that_another_graph_keeps_stay() -> None:
+    """Also where pages are read again, or differ in size: a plan that streamed them would move them off the device."""
+    graph = graph_of(there_and_back(6), [1, 2, 1, 2, 1, 2], [0.1] * 12)
+    plan = choose_fastest(graph, 6 * MIB, preferred=(0, 4))
+    assert {0, 4} <= set(plan.residents)
+
+
+def test_leftovers_count() -> None:
+    graph = replace(graph_of(chain(3), [1, 2, 1], [0.1] * 3), leftovers=(Weight("small", MIB // 2),))
+    assert choose_fastest(graph, 4 * MIB).peak_weight_bytes <= 4 * MIB
+
+
 def test_a_table_that_is_also_the_head_is_read_in_place_and_streamed() -> None:
     graph = gathering(graph_of(((0,), (1,), (2,), (3,), (0,)), [4, 1, 1, 1], [0.1] * 5), {0}, 8192)
     plan = choose_fastest(graph, least_capacity_bytes(graph))
