@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
+import spcompile
 from spcompile.ir import Interval, Machine, Plan, Slot, Step, Weight
 from spcompile.planner import simulate as simulate_module
 from spcompile.planner.machine import PROFILES
@@ -22,7 +23,7 @@ from spcompile.planner.make_plan import make_plan
 from spcompile.planner.simulate import Simulation, Span, Stall, predict_iteration_us, simulate
 from tests.hand_plans import PLANS, page
 from tests.planner.planner_cases import READS, Reads, chain
-from tests.running import Event, compile_offloaded, expected_events, with_steps
+from tests.running import Event, Run, compile_offloaded, expected_events, with_steps
 
 MACHINE = replace(PROFILES["h100"], name="one byte per us", copy_us=0.0, h2d_bytes_per_s=1e6)
 """A page of n bytes takes n us."""
@@ -451,11 +452,51 @@ def test_emulated_device_copies_and_runs_in_this_order(k: int, m: int) -> None:
     with torch.no_grad():
         for _ in range(4):
             run.model(torch.ones(2, 16))
+    for compute, link in SPEEDS:
+        assert_same_times(run, compute, link)
+
+
+SPEEDS = [(1.0, 1.0), (30.0, 1.0), (1.0, 0.1)]
+"""As it is; slow compute; a slow link: how many times as long a step takes, and how fast copies are."""
+
+
+def assert_same_times(run: Run, compute: float, link: float) -> None:
+    """The copies and runs of four iterations, by the events of the emulated device and by the simulation."""
     compute_us = [500.0, 3000.0, 100.0, 700.0, 2000.0]
-    steps = (replace(step, compute_us=compute_us[index % 5]) for index, step in enumerate(run.plan.steps))
+    steps = (replace(step, compute_us=compute * compute_us[index % 5]) for index, step in enumerate(run.plan.steps))
     plan = replace(run.plan, steps=tuple(steps))
-    simulation = simulate(plan, MACHINE, iterations=4)
-    copies, runs = timed(with_steps(run.events), plan, MACHINE)
+    machine = replace(MACHINE, h2d_bytes_per_s=link * MACHINE.h2d_bytes_per_s)
+    simulation = simulate(plan, machine, iterations=4)
+    copies, runs = timed(with_steps(run.events), plan, machine)
     assert_same_work(work_of(simulation, "H2D"), copies)
     assert_same_work(work_of(simulation, "compute"), runs)
     assert copies
+
+
+class Uneven(nn.Module):
+    """Layers of different sizes; the first one is used again behind the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, width), nn.Linear(width, 16)) for width in (64, 16, 32, 128, 16, 64)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, self.layers[0], self.layers[2]):
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 0.5, 0.75])
+def test_emulated_device_within_a_budget(part: float) -> None:
+    """Places of different sizes, pages that are kept between their uses, residents: the same moments all the same."""
+    x = torch.ones(2, 16)
+    with torch.no_grad():
+        curve = spcompile.plan(Uneven(), (x,), device="cpu", compiler="eager", k=3).tradeoff()
+        smallest, largest = curve[0].peak_bytes, curve[-1].peak_bytes
+        run = compile_offloaded(Uneven(), budget=int(smallest + part * (largest - smallest)))
+        for _ in range(4):
+            run.model(x)
+    for compute, link in SPEEDS:
+        assert_same_times(run, compute, link)
