@@ -15,7 +15,8 @@ often the layer runs; a weight tied between two places is a page of its own, so 
 weights. Tables outside the layers of which only rows are read are apart from what is read whole: they may be read in
 place. Small weights outside the layers are leftovers: a copy of some KiB costs 15 us of link time whatever its size.
 Cuts and pages never depend on k and m: plans of one model share compiled segments and host memory. Only where a budget,
-or the device, has no room for whole layers are they cut finer (``cut_finer.py``).
+or the device, has no room for whole layers are they cut finer (``cut_finer.py``), and with a budget small pages that
+come one behind the other are merged.
 
 The odd case: weights that the graph writes stay out of pages, and are used in place.
 """
@@ -49,6 +50,12 @@ MARGIN_FRACTION = 0.05
 PARTS = (2, 3, 4, 6, 8, 12, 16, 32)
 """Parts of the largest page that are tried as the limit of a page, where whole layers do not fit."""
 
+MERGED_COPIES = 4
+"""Small pages are merged until their bytes take so many times as long as a copy takes beside its bytes..."""
+
+MERGED_PARTS = 8
+"""...but not beyond this part of the memory for weights, which would be too coarse to be divided."""
+
 LEFTOVER_FRACTION = 64
 """Weights outside the layers that together are smaller than this part of the largest page stay on the device."""
 
@@ -70,6 +77,8 @@ def make_schedule(program: Program) -> None:
     graph = _schedule(program, runs)
     if not _has_room(program, graph):
         graph = _cut_to_fit(program, runs, graph)
+    elif merge_bytes := _merge_limit_bytes(program, graph):
+        graph = _schedule(program, runs, merge_bytes)
     program.plan = _place(program, graph)
 
 
@@ -87,6 +96,19 @@ def _capacity_bytes(program: Program, graph: Plan) -> int | None:
     if options.budget is not None:
         return options.budget - graph.beside_bytes()
     return None if program.free_bytes is None else free_capacity_bytes(program.free_bytes, graph)
+
+
+def _merge_limit_bytes(program: Program, graph: Plan) -> int:
+    """How large pages may become that are merged because a copy of them takes little more than any copy; 0 where pages
+    are to stay as they are: with k they are what is counted, and where all fit nothing is copied."""
+    capacity_bytes = _capacity_bytes(program, graph)
+    if program.options.max_slowdown is not None:
+        capacity_bytes = min(graph.weights_bytes, capacity_bytes or graph.weights_bytes)
+    elif capacity_bytes is None or capacity_bytes >= graph.weights_bytes:
+        return 0
+    machine = program.machine
+    worthwhile_bytes = int(MERGED_COPIES * machine.copy_us / 1e6 * machine.h2d_bytes_per_s)
+    return min(worthwhile_bytes, capacity_bytes // MERGED_PARTS)
 
 
 def _cut_to_fit(program: Program, runs: Sequence[_Run], whole: Plan) -> Plan:
@@ -127,10 +149,14 @@ def _cut(program: Program, runs: Sequence[_Run], limit_bytes: int) -> list[_Run]
     return cut
 
 
-def _schedule(program: Program, runs: Sequence[_Run]) -> Plan:
-    """The graph with pages, steps and what is known of their costs, not placed. Sets ``node.meta[SEGMENT]``."""
+def _schedule(program: Program, runs: Sequence[_Run], merge_bytes: int = 0) -> Plan:
+    """The graph with pages, steps and what is known of their costs, not placed. Sets ``node.meta[SEGMENT]``.
+
+    Layers' pages that come one behind the other are merged up to ``merge_bytes``.
+    """
     gathered = [_gathered_bytes(program, run) for run in runs]
     pages, leftovers = _pages(program, runs, gathered)
+    pages = _merged(program, runs, pages, merge_bytes)
     written = written_weights(program)
     page_of = {weight: index for index, page in enumerate(pages) for weight in page.weights if weight not in written}
     is_fused = program.options.compiler == "inductor"
@@ -312,6 +338,33 @@ def _pages(
     order = {weight: index for index, weight in enumerate(readers)}
     pages = sorted(used, key=lambda page: min(order.get(weight, len(order)) for weight in page.weights))
     return tuple(pages), tuple(weight for weight in readers if weight not in paged)
+
+
+def _merged(program: Program, runs: Sequence[_Run], pages: Sequence[Page], merge_bytes: int) -> tuple[Page, ...]:
+    """The pages, small ones that are read one behind the other in one place, and by nobody else, in one."""
+    places: dict[Weight, list[int]] = {}
+    for place, run in enumerate(runs):
+        for weight in run.reads if run.layer is not None else ():
+            places.setdefault(weight, []).append(place)
+    merged: list[list[Page]] = []
+    before: int | None = None  # where the last page of the open group is read
+    for page in pages:
+        read_at = {place for weight in page.weights for place in places.get(weight, (-1, -2))}
+        here = read_at.pop() if len(read_at) == 1 and page not in program.known_pages else None
+        taken_bytes = sum(each.nbytes for each in merged[-1]) if merged else 0
+        if here is not None and before == here - 1 and taken_bytes + page.nbytes <= merge_bytes:
+            merged[-1].append(page)
+        else:
+            merged.append([page])
+        before = here
+    return tuple(_one_page(program, group) for group in merged)
+
+
+def _one_page(program: Program, group: Sequence[Page]) -> Page:
+    if len(group) == 1:
+        return group[0]
+    weights = [weight for page in group for weight in page.weights]
+    return Page(f"{group[0].name}..{group[-1].name}", tuple(_in_model_order(program, weights)))
 
 
 def _page_name(labels: tuple[str, ...], members: Sequence[Weight], taken: set[str]) -> str:

@@ -258,3 +258,38 @@ def test_a_budget_for_a_model_without_weights() -> None:
         compiled(nn.Sequential(nn.ReLU(), nn.Tanh()), budget=1)(torch.randn(3, WIDTH))
     with torch.no_grad():
         assert compiled(nn.Sequential(nn.ReLU(), nn.Tanh()), budget="1MB")(torch.ones(3)).shape == (3,)
+
+
+class Small(nn.Module):
+    """Many small layers and a few large ones, as the stages of a convolutional net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() if index % 8 == 7 else nn.Linear(WIDTH, WIDTH) for index in range(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_small_pages_are_merged_for_the_link() -> None:
+    torch.manual_seed(0)
+    plain, x = Small().requires_grad_(False), torch.randn(3, WIDTH)
+    single = planned(plain, x, k=4)
+    budget = single.peak_bytes() - single.peak_weight_bytes + single.weights_bytes * 2 // 3
+    fast = compiled(spcompile.offload(copy.deepcopy(plain), device="cpu"), budget=budget)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(fast(x), plain(x))
+    plan = spcompile.plan(fast)
+    assert isinstance(plan, Plan)
+    assert plan.peak_bytes() <= budget
+    assert len(plan.steps) == len(single.steps) == 32
+    assert len(plan.pages) < len(single.pages)
+    assert {weight for page in plan.pages for weight in page.weights} == {
+        weight for page in single.pages for weight in page.weights
+    }
+    assert any(".." in page.name for page in plan.pages)
+    assert max(page.nbytes for page in plan.pages) == max(page.nbytes for page in single.pages)
+    assert planned(plain, x, k=4).pages == single.pages  # k counts layers
