@@ -28,7 +28,7 @@ from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.options import Options
 from spcompile.partition import partition
 from spcompile.passes.base import Program, WeightInput
-from spcompile.passes.make_schedule import LEFTOVER_FRACTION
+from spcompile.passes.pages import LEFTOVER_FRACTION
 from spcompile.planner.machine import PROFILES, find_machine
 from spcompile.runtime.host import free_device_bytes
 from spcompile.runtime.measure import this_machine

@@ -29,6 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph_text", "cuda_decompositions", "costs"),
     ("passes.base", "verify.graphs", "partition"),
     ("passes.structure", "passes.cut_finer"),
+    ("passes.runs",),
+    ("passes.pages",),
     ("passes.*",),
     ("segments", "runtime.*"),
     ("capture", "rehome", "cuda_attention"),
@@ -52,7 +54,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "passes.*": (
         *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "costs", "passes.base"),
         "passes.structure",  # not a pass: what find_layers does where names say nothing
-        "passes.cut_finer",  # not a pass: what make_schedule does where there is no room for whole layers
+        *("passes.cut_finer", "passes.runs", "passes.pages"),  # nor are these: what make_schedule consists of
     ),
     "runtime.*": ("errors", "ir", "text", "ops", "runtime.*"),
 }

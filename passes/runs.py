@@ -1,0 +1,113 @@
+"""Runs: segments in the making.
+
+A run is a stretch of nodes with one label in program order, or, outside the layers, with none. One outside that reads
+no weight joins the run before it: a sum between two layers costs no segment of its own.
+
+    x = embedding(w_0, ids)     # outside      -> run "embed"      reads w_0
+    y = mm(x, w_1)              # layers.0     -> run "layers.0"   reads w_1
+    z = y + x                   # outside      -> joins "layers.0"
+
+Runs of layers that read too many weights at once can be cut into pieces (``cut_finer.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from spcompile.costs import GATHERS
+from spcompile.graph import is_scalar, nbytes_of, tensors_of
+from spcompile.ir import Weight
+from spcompile.module_tree import readable_path
+from spcompile.passes.base import IN_PLACE, LAYER, Program, written_weights
+from spcompile.passes.cut_finer import cut_finer
+
+
+@dataclass
+class Run:
+    """A segment in the making. ``label`` is the layer's, or a name of its own outside the layers; ``reads`` has the
+    weights in order of first read, each with the path at which the segment finds it."""
+
+    label: str
+    layer: str | None
+    nodes: list[fx.Node]
+    reads: dict[Weight, str]
+
+
+def find_runs(program: Program) -> list[Run]:
+    """The runs of a labelled graph, in program order; each node that computes a tensor is in one of them."""
+    weights = program.weight_nodes()
+    runs: list[Run] = []
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr") or is_scalar(node) or node.meta.get(IN_PLACE):
+            continue
+        layer = node.meta[LAYER]
+        if not runs or runs[-1].layer != layer:
+            runs.append(Run(layer or "", layer, [], {}))
+        runs[-1].nodes.append(node)
+        for source in node.all_input_nodes:
+            if source in weights:
+                runs[-1].reads.setdefault(weights[source].weight, weights[source].path or weights[source].weight.name)
+    return _name_outside(_join_weightless(runs))
+
+
+def cut_runs(program: Program, runs: Sequence[Run], limit_bytes: int) -> list[Run]:
+    """The runs, those of layers that read more weights than the limit in pieces."""
+    written = written_weights(program)
+    weight_of = {node: each.weight for node, each in program.weight_nodes().items() if each.weight not in written}
+    cut: list[Run] = []
+    for run in runs:
+        too_large = run.layer is not None and sum(weight.nbytes for weight in run.reads) > limit_bytes
+        pieces = cut_finer(run.nodes, weight_of, limit_bytes) if too_large else [run.nodes]
+        for number, nodes in enumerate(pieces):
+            label = f"{run.label}:{number}" if len(pieces) > 1 else run.label
+            read = {weight_of[source] for node in nodes for source in node.all_input_nodes if source in weight_of}
+            reads = {weight: path for weight, path in run.reads.items() if weight in read}
+            cut.append(Run(label, run.layer, nodes, reads))
+    return cut
+
+
+def _join_weightless(runs: list[Run]) -> list[Run]:
+    joined: list[Run] = []
+    for run in runs:
+        previous = joined[-1] if joined else None
+        if previous is not None and (previous.layer == run.layer or (run.layer is None and not run.reads)):
+            previous.nodes.extend(run.nodes)
+            previous.reads = run.reads | previous.reads
+        else:
+            joined.append(run)
+    return joined
+
+
+def _name_outside(runs: list[Run]) -> list[Run]:
+    """Name the runs outside the layers after the first weight that they read, module path only."""
+    taken = {run.label for run in runs}
+    for index, run in enumerate(runs):
+        run.label = readable_path(run.label)
+        if run.layer is not None:
+            run.layer = run.label
+            continue
+        first = readable_path(next(iter(run.reads.values()), f"between.{index}.?"))
+        name = first.rpartition(".")[0] or first
+        run.label = name if name not in taken else f"{name}.{index}"
+        taken.add(run.label)
+    return runs
+
+
+def gathered_bytes(program: Program, run: Run) -> dict[Weight, int]:
+    """The weights of which a run only gathers rows, each with the bytes of those rows."""
+    weights = program.weight_nodes()
+    rows_bytes: dict[Weight, int] = {}
+    others: set[Weight] = set()
+    for node in run.nodes:
+        for source in node.all_input_nodes:
+            if source not in weights:
+                continue
+            weight = weights[source].weight
+            if node.target in GATHERS and node.args[0] is source:
+                rows_bytes[weight] = rows_bytes.get(weight, 0) + sum(map(nbytes_of, tensors_of(node)))
+            else:
+                others.add(weight)
+    return {weight: nbytes for weight, nbytes in rows_bytes.items() if weight not in others}
