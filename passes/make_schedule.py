@@ -54,8 +54,10 @@ def make_schedule(program: Program) -> None:
     graph = _schedule(program, runs)
     if not _has_room(program, graph):
         graph = _cut_to_fit(program, runs, graph)
-    elif merge_bytes := _merge_limit_bytes(program, graph):
-        graph = _schedule(program, runs, merge_bytes)
+    else:
+        merge_bytes = _merge_limit_bytes(program, graph)
+        if merge_pages(program, runs, graph.pages, merge_bytes) != graph.pages:
+            graph = _schedule(program, runs, merge_bytes)
     program.plan = _place(program, graph)
 
 
