@@ -98,3 +98,63 @@ def test_the_least_memory_for_a_slowdown() -> None:
     plan = spcompile.plan(fast)
     assert isinstance(plan, Plan)
     assert measured_bytes <= plan.peak_bytes()
+
+
+class Language(nn.Module):
+    """A table of 98 MiB, layers, and a small head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50_000, WIDTH)
+        self.layers = nn.Sequential(*(Block() for _ in range(4)))
+        self.head = nn.Linear(WIDTH, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.layers(self.embed(tokens)))
+        return y
+
+
+def make_language() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = Language().to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    return model, torch.randint(50_000, (2, 64), device="cuda")
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_rows_of_a_table_are_read_in_place(offloaded: bool) -> None:
+    model, tokens = make_language()
+    with torch.no_grad():
+        expected = torch.compile(copy.deepcopy(model), backend="superpipeline", options={"k": 100})(tokens)
+        torch._dynamo.reset()
+        gc.collect()
+        if offloaded:
+            spcompile.offload(model)
+        curve = spcompile.plan(model, (tokens,), k=3).tradeoff()
+        fast: Any = torch.compile(model, backend="superpipeline", options={"budget": curve[2].peak_bytes})
+        measured_bytes = peak_of(lambda: fast(tokens))
+        assert torch.equal(fast(tokens), expected)
+        model.get_parameter("embed.weight")[tokens[0, 0]] += 1.0
+        changed = torch.compile(copy.deepcopy(model), backend="superpipeline", options={"k": 100})(tokens)
+        assert torch.equal(fast(tokens), changed)
+    plan = spcompile.plan(fast)
+    assert isinstance(plan, Plan)
+    assert [plan.pages[page].name for page in plan.mapped] == ["embed"]
+    assert measured_bytes <= plan.peak_bytes() <= curve[2].peak_bytes
+
+
+def test_layers_without_room_are_cut() -> None:
+    model, x = make()
+    with torch.no_grad():
+        expected = torch.compile(copy.deepcopy(model), backend="superpipeline", options={"k": 100})(x)
+        torch._dynamo.reset()
+        gc.collect()
+        spcompile.offload(model)
+        whole = spcompile.plan(model, (x,), k=2).tradeoff()[0]
+        budget = whole.peak_bytes - (12 << 20)
+        fast: Any = torch.compile(model, backend="superpipeline", options={"budget": budget})
+        measured_bytes = peak_of(lambda: fast(x))
+        torch.testing.assert_close(fast(x), expected, rtol=2e-2, atol=2e-2)  # other segments fuse otherwise
+    plan = spcompile.plan(fast)
+    assert isinstance(plan, Plan)
+    assert len(plan.steps) > len(model)  # type: ignore[arg-type]
+    assert measured_bytes <= plan.peak_bytes() <= budget
