@@ -1,13 +1,16 @@
 """Plans with one mistake each, made from a right plan: what a verifier of plans must reject.
 
-Shared by the tests of the verifier on plans written by hand and on those of the planner.
+Shared by the tests of the verifier on plans written by hand and on those of the planner. `mutants` changes one field.
+Often several rules reject such a mutant, and the one that was meant could be missing. `mutants_of_places` are for
+plans with an address for each stay: all else is put right again (k, the order of issue), so that nothing but
+who holds which bytes when can reject them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TypeVar
 
 from spcompile.ir import ALIGNMENT_BYTES, Interval, Page, Plan, Slot
@@ -21,6 +24,24 @@ def mutants(plan: Plan) -> Iterator[tuple[str, Plan]]:
         for name, mutant in make(plan):
             if mutant != plan:
                 yield name, mutant
+
+
+def mutants_of_places(plan: Plan) -> Iterator[tuple[str, str, Plan]]:
+    """Mutants of bytes and times, as (class, name, plan). Some are right all the same: an oracle must tell which."""
+    makers = {
+        "slot moved": _slots_moved,
+        "slot moved in one phase": _slots_moved_in_one_phase,
+        "slot enlarged": _slots_enlarged,
+        "copy starts earlier": _starts_earlier,
+        "stay ends later": _ends_later,
+        "gap cut short": _gaps_cut_short,
+        "loaded again": _loaded_again,
+    }
+    for kind, make in makers.items():
+        for name, mutant in make(plan):
+            if mutant != plan:
+                intervals = tuple(sorted(mutant.intervals, key=lambda interval: interval.start_step))
+                yield kind, name, replace(mutant, intervals=intervals, k=2 * len(intervals) + 1)
 
 
 def changed(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
@@ -128,3 +149,91 @@ def _of_interval_pairs(plan: Plan) -> Iterator[tuple[str, Plan]]:
             intervals = changed(plan.intervals, one, replace(plan.intervals[one], slots=new_one))
             intervals = changed(intervals, two, replace(intervals[two], slots=new_two))
             yield f"slots of intervals {one} and {two} swapped{where}", replace(plan, intervals=intervals)
+
+
+def _slots_moved(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Each slot to where it shares all, the last or the first bytes of another one."""
+    for index, slot in enumerate(plan.slots):
+        for other, target in enumerate(plan.slots):
+            if other == index:
+                continue
+            for offset_bytes in _offsets_that_meet(slot, target):
+                moved = Slot(offset_bytes, slot.nbytes)
+                name = f"slot {index} at {offset_bytes}, over {other}"
+                yield name, replace(plan, slots=changed(plan.slots, index, moved))
+
+
+def _offsets_that_meet(slot: Slot, target: Slot) -> list[int]:
+    first = target.offset_bytes + ALIGNMENT_BYTES - slot.nbytes
+    last = target.offset_bytes + max(0, target.nbytes - ALIGNMENT_BYTES)
+    return sorted({max(0, first), target.offset_bytes, last})
+
+
+def _slots_moved_in_one_phase(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """One stay of one phase to where another slot lies; slots that nobody takes any more go."""
+    for index, interval in enumerate(plan.intervals):
+        for phase, own in enumerate(interval.slots if plan.period > 1 else ()):
+            for other, target in enumerate(plan.slots):
+                moved = Slot(target.offset_bytes, plan.slots[own].nbytes)
+                slots = changed(interval.slots, phase, len(plan.slots))
+                intervals = changed(plan.intervals, index, replace(interval, slots=slots))
+                mutant = replace(plan, slots=(*plan.slots, moved), intervals=intervals)
+                yield f"interval {index} over slot {other} in phase {phase}", _without_idle_slots(mutant)
+
+
+def _without_idle_slots(plan: Plan) -> Plan:
+    taken = sorted({slot for interval in plan.intervals for slot in interval.slots})
+    number = {slot: index for index, slot in enumerate(taken)}
+    return replace(
+        plan,
+        slots=tuple(plan.slots[slot] for slot in taken),
+        intervals=tuple(replace(each, slots=tuple(number[slot] for slot in each.slots)) for each in plan.intervals),
+    )
+
+
+def _slots_enlarged(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Upwards by one alignment, by as much again, and so that nothing lies above."""
+    for index, slot in enumerate(plan.slots):
+        for nbytes in sorted({slot.nbytes + ALIGNMENT_BYTES, 2 * slot.nbytes, plan.arena_bytes - slot.offset_bytes}):
+            larger = Slot(slot.offset_bytes, nbytes)
+            yield f"slot {index} enlarged to {nbytes}", replace(plan, slots=changed(plan.slots, index, larger))
+
+
+def _starts_earlier(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for index, interval in enumerate(plan.intervals):
+        earlier = replace(interval, start_step=interval.start_step - 1)
+        yield f"interval {index} starts earlier", replace(plan, intervals=changed(plan.intervals, index, earlier))
+
+
+def _ends_later(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for index, interval in enumerate(plan.intervals):
+        later = replace(interval, end_step=interval.end_step + 1)
+        yield f"interval {index} ends later", replace(plan, intervals=changed(plan.intervals, index, later))
+
+
+def _gaps(plan: Plan) -> Iterator[tuple[int, int, int]]:
+    """Interval, and two of its uses with steps between them that do not read its page."""
+    for index, interval in enumerate(plan.intervals):
+        steps = range(max(0, interval.start_step), min(interval.end_step, len(plan.steps)))
+        uses = [step for step in steps if interval.page in plan.needs(step)]
+        yield from ((index, one, two) for one, two in pairwise(uses) if two > one + 1)
+
+
+def _gaps_cut_short(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for index, one, two in _gaps(plan):
+        interval = plan.intervals[index]
+        for what, cut in (
+            (f"ends after step {one}", replace(interval, end_step=one + 1)),
+            (f"ends before step {two}", replace(interval, end_step=two)),
+            (f"starts before step {two}", replace(interval, start_step=two)),
+        ):
+            yield f"interval {index} {what}", replace(plan, intervals=changed(plan.intervals, index, cut))
+
+
+def _loaded_again(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Not kept but copied once more: right, as nobody else has taken what was kept."""
+    for index, one, two in _gaps(plan):
+        interval = plan.intervals[index]
+        before, behind = replace(interval, end_step=one + 1), replace(interval, start_step=two)
+        intervals = (*changed(plan.intervals, index, before), behind)
+        yield f"interval {index} again before step {two}", replace(plan, intervals=intervals)

@@ -6,6 +6,7 @@ of order, batches or waste, only whether a step could find wrong bytes or more t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 
 from spcompile.ir import Interval, Plan
@@ -13,9 +14,22 @@ from spcompile.ir import Interval, Plan
 
 def may_run(plan: Plan) -> bool:
     """Whether every read finds its page, untouched, in every phase of the warm iteration."""
-    if plan.period < 1 or not all(_is_sound(plan, interval) for interval in plan.intervals):
-        return False
-    return all(_step_may_run(plan, phase, step) for phase in range(plan.period) for step in range(len(plan.steps)))
+    return is_sound(plan) and not faults(plan)
+
+
+def is_sound(plan: Plan) -> bool:
+    """Whether pages, slots and steps of all intervals exist, and the slots are large enough for their pages."""
+    return plan.period >= 1 and all(_is_sound(plan, interval) for interval in plan.intervals)
+
+
+def faults(plan: Plan) -> frozenset[str]:
+    """What goes wrong in any step of any phase of a sound plan.
+
+    ``"shared"``: two pages that are held share bytes. ``"twice"``: a page is held twice. ``"crowded"``: more than k are
+    held. ``"missing"``: a step reads a page that is not held on behalf of its iteration.
+    """
+    cells = [(phase, step) for phase in range(plan.period) for step in range(len(plan.steps))]
+    return frozenset(fault for phase, step in cells for fault in _faults_of_step(plan, phase, step))
 
 
 def _is_sound(plan: Plan, interval: Interval) -> bool:
@@ -30,18 +44,20 @@ def _is_sound(plan: Plan, interval: Interval) -> bool:
     return first <= interval.start_step < interval.end_step <= n_steps
 
 
-def _step_may_run(plan: Plan, phase: int, step: int) -> bool:
+def _faults_of_step(plan: Plan, phase: int, step: int) -> Iterator[str]:
     own = [each for each in plan.intervals if each.start_step <= step < each.end_step]
     ahead = [each for each in plan.intervals if each.start_step <= step - len(plan.steps)]
     slots = [each.slots[phase] for each in own] + [each.slots[(phase + 1) % plan.period] for each in ahead]
     held = [each.page for each in (*own, *ahead)]
     loaded = {each.page for each in own}
-    return (
-        len(held) <= plan.k
-        and len(set(held)) == len(held)
-        and not any(_share(plan, one, two) for one, two in combinations(slots, 2))
-        and all(page in loaded or page in plan.residents for page in _copied(plan, step))
-    )
+    if len(held) > plan.k:
+        yield "crowded"
+    if len(set(held)) < len(held):
+        yield "twice"
+    if any(_share(plan, one, two) for one, two in combinations(slots, 2)):
+        yield "shared"
+    if not all(page in loaded or page in plan.residents for page in _copied(plan, step)):
+        yield "missing"
 
 
 def _copied(plan: Plan, step: int) -> list[int]:

@@ -1,10 +1,15 @@
-"""Plans drawn at random, right or wrong: for what must work on any plan (its text, its JSON, the verifier)."""
+"""Plans drawn at random, right or wrong, for what must work on any plan (its text, its JSON, the verifier); and graphs
+to be placed, for what must hold of every plan that is made.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
 from spcompile.ir import Interval, Page, Plan, Slot, Step, Weight
+from spcompile.planner.machine import PROFILES
 
 NAMES = st.text(max_size=60) | st.from_regex(r"[a-z]{1,8}(\.[a-z0-9_]{1,12}){0,5}", fullmatch=True)
 SMALL = st.integers(-3, 12)
@@ -34,4 +39,75 @@ def plans() -> st.SearchStrategy[Plan]:
         slots=st.lists(SLOTS, max_size=5).map(tuple),
         period=st.integers(-1, 9),
         intervals=st.lists(INTERVALS, max_size=8).map(tuple),
+    )
+
+
+PARTS_BYTES = st.sampled_from([0, 1, 255, 256, 300, 1000, 1024, 4096])
+
+Reads = list[list[int]]
+
+
+@st.composite
+def use_orders(draw: st.DrawFn) -> Reads:
+    """Which pages each step reads: every page is read."""
+    n_pages = draw(st.integers(3, 8))
+    chain = [[page] for page in range(n_pages)]
+    kind = draw(st.sampled_from(["chain", "back", "repeated", "tied", "several", "branches", "any"]))
+    match kind:
+        case "back":
+            return chain + chain[::-1]
+        case "repeated":
+            return chain * draw(st.integers(2, 3))
+        case "tied":
+            return [*chain, [0]]
+        case "several":
+            return [[page, (page + 1) % n_pages] for page in range(n_pages)]
+        case "branches":
+            return _branches(n_pages, draw(st.integers(1, n_pages - 1)))
+        case "any":
+            some_pages = st.lists(st.integers(0, n_pages - 1), max_size=3, unique=True)
+            return draw(st.permutations(chain + draw(st.lists(some_pages, max_size=5))))
+    return chain
+
+
+def _branches(n_pages: int, split: int) -> Reads:
+    """A stem, two branches whose steps take turns, and a join that reads the stem and the ends of both."""
+    one, two = list(range(1, split)), list(range(split, n_pages))
+    turns = [page for pair in zip(one, two, strict=False) for page in pair]
+    rest = [page for page in (*one, *two) if page not in turns]
+    ends = dict.fromkeys([0, *one[-1:], *two[-1:]])
+    return [[page] for page in (0, *turns, *rest)] + [list(ends)]
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Plan:
+    """Graphs to be placed: pages of any sizes, tables, inputs, values, workspaces; a machine of even speeds."""
+    reads = draw(use_orders())
+    order = list(dict.fromkeys(page for each in reads for page in each))
+    number = {page: index for index, page in enumerate(order)}
+    even_bytes = draw(st.none() | PARTS_BYTES)
+    sizes = [draw(st.lists(PARTS_BYTES, min_size=1, max_size=3)) if even_bytes is None else [even_bytes] for _ in order]
+    pages = tuple(
+        Page(f"p{index}", tuple(Weight(f"p{index}.w{part}", nbytes) for part, nbytes in enumerate(each)))
+        for index, each in enumerate(sizes)
+    )
+    tables = draw(st.sets(st.integers(0, len(order) - 1), max_size=1))
+    steps = []
+    for index, each in enumerate(reads):
+        mine = tuple(number[page] for page in each)
+        gathers = tuple((page, 8) for page in mine if page in tables)
+        tables -= {page for page, _ in gathers}  # whoever reads it later reads all of it
+        values_bytes = draw(st.sampled_from([0, 100, 5000]))
+        steps.append(Step(f"s{index}", None, mine, draw(st.sampled_from([0.5, 5.0])), values_bytes, gathers))
+    leftovers = (Weight("leftover", 77),) if draw(st.booleans()) else ()
+    most_bytes = max(step.activations_bytes for step in steps)
+    machine = replace(PROFILES["h100"], h2d_bytes_per_s=1e9, copy_us=0.5)
+    graph = Plan("cpu", 1, 1, draw(st.booleans()), pages, leftovers, (), tuple(steps), (), 1, (), machine)
+    return replace(
+        graph,
+        sizes=(("s0", 3),),
+        inputs=(("s0", 7),),
+        activations=((("1", most_bytes),),),
+        workspace_bytes=50,
+        other_bytes=draw(st.sampled_from([0, 9])),
     )

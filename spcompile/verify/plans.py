@@ -14,7 +14,7 @@ points nowhere would have meant is left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,7 +33,8 @@ def verify_plan(plan: Plan, budget_bytes: int | None = None) -> list[Violation]:
 
     Args:
         plan: any plan; a wrong one makes violations, not exceptions.
-        budget_bytes: most bytes of the device at any moment, for weights and all else; None for no limit.
+        budget_bytes: most bytes of the device at any step, for weights and all else with the sizes at capture; None for
+            no limit.
     """
     findings = [
         *_check_counts(plan),
@@ -43,7 +44,8 @@ def verify_plan(plan: Plan, budget_bytes: int | None = None) -> list[Violation]:
         *_check_intervals(plan),
         *_check_batches(plan),
         *(_Replay(plan).run() if plan.steps else ()),
-        *_check_bytes(plan, budget_bytes),
+        *_check_bytes(plan),
+        *(() if budget_bytes is None else _check_budget(plan, budget_bytes)),
     ]
     if not findings:
         return []
@@ -225,31 +227,55 @@ def _check_batches(plan: Plan) -> Iterator[_Finding]:
                 yield ("interval", index), message
 
 
-def _check_bytes(plan: Plan, budget_bytes: int | None) -> Iterator[_Finding]:
-    arena = max((slot.offset_bytes + slot.nbytes for slot in plan.slots), default=0)
-    residents = sum(_page_bytes(plan, page) for page in plan.residents)
-    peak = arena + residents + sum(weight.nbytes for weight in plan.leftovers)
-    if budget_bytes is not None:
-        yield from _check_budget(plan, peak, budget_bytes)
+def _check_bytes(plan: Plan) -> Iterator[_Finding]:
+    """The plan's own totals: the arena is made from them, and people decide by them."""
+    arena, peak = _arena_bytes(plan), sum(_weights_parts(plan).values())
     if arena != plan.arena_bytes:
         yield _HEADER, f"the slots end at byte {arena}, but the plan says that the arena has {plan.arena_bytes} bytes"
     if all(_is_page(plan, page) for page in plan.residents) and peak != plan.peak_weight_bytes:
         yield _HEADER, f"weights take {peak} bytes at once, but the plan says {plan.peak_weight_bytes}"
 
 
-def _check_budget(plan: Plan, weights_bytes: int, budget_bytes: int) -> Iterator[_Finding]:
-    """At each step: weights, which hold their memory all the time, its own values, and what is there beside both."""
-    budget = f"the budget is {budget_bytes} bytes ({format_bytes(budget_bytes)})"
-    if weights_bytes > budget_bytes:
-        taken = f"{weights_bytes} bytes at once ({format_bytes(weights_bytes)})"
-        yield _HEADER, f"weights take {taken}, but {budget}"
-    beside_bytes = value_of(plan.inputs, dict(plan.sizes)) + plan.workspace_bytes + plan.other_bytes
+def _check_budget(plan: Plan, budget_bytes: int) -> Iterator[_Finding]:
+    """At each step: what weights hold (the arena is one block, held as a whole), its own values, and all else.
+
+    Where what is always there is too much by itself, no step is to blame, and the header says so once.
+    """
+    always = {
+        **_weights_parts(plan),
+        "inputs": value_of(plan.inputs, dict(plan.sizes)),
+        "workspace": plan.workspace_bytes,
+        "all else": plan.other_bytes,
+    }
+    if sum(always.values()) > budget_bytes:
+        yield _HEADER, f"any step takes {_over_budget(always, budget_bytes)}"
+        return
     for index, step in enumerate(plan.steps):
-        total_bytes = weights_bytes + beside_bytes + step.activations_bytes
-        if total_bytes > budget_bytes >= weights_bytes:
-            parts = f"weights {format_bytes(weights_bytes)}, values {format_bytes(step.activations_bytes)}"
-            parts += f", inputs and all else {format_bytes(beside_bytes)}"
-            yield ("step", index), f"step {index} takes {total_bytes} bytes ({parts}), but {budget}"
+        parts = {**always, "its values": step.activations_bytes}
+        if sum(parts.values()) > budget_bytes:
+            yield ("step", index), f"step {index} takes {_over_budget(parts, budget_bytes)}"
+
+
+def _over_budget(parts: Mapping[str, int], budget_bytes: int) -> str:
+    """By how much, and what takes it, most first."""
+    taken_bytes = sum(parts.values())
+    budget = f"the budget of {budget_bytes} bytes ({format_bytes(budget_bytes)})"
+    by_size = sorted((item for item in parts.items() if item[1]), key=lambda item: -item[1])
+    what = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in by_size)
+    return f"{taken_bytes} bytes, {taken_bytes - budget_bytes} more than {budget}: {what}"
+
+
+def _weights_parts(plan: Plan) -> dict[str, int]:
+    """Bytes that weights hold on the device all the time, by what for."""
+    return {
+        "arena": _arena_bytes(plan),
+        "residents": sum(_page_bytes(plan, page) for page in plan.residents),
+        "leftovers": sum(weight.nbytes for weight in plan.leftovers),
+    }
+
+
+def _arena_bytes(plan: Plan) -> int:
+    return max((slot.offset_bytes + slot.nbytes for slot in plan.slots), default=0)
 
 
 @dataclass(frozen=True)

@@ -326,10 +326,60 @@ def test_full_last_batch_does_not_wait() -> None:
 
 
 def test_budget_counts_arena_residents_and_leftovers() -> None:
-    plan = PLANS["two_pages_in_one_step"]
+    plan = replace(PLANS["two_pages_in_one_step"], leftovers=(Weight("scale", 77),))
     assert verify_plan(plan, plan.peak_weight_bytes) == []
     assert messages(plan, plan.peak_weight_bytes - 1) == [
-        "weights take 3146247 bytes at once (3.00 MiB), but the budget is 3146246 bytes (3.00 MiB)"
+        "any step takes 3146324 bytes, 1 more than the budget of 3146323 bytes (3.00 MiB): "
+        "arena 3.00 MiB, leftovers 77 B, residents 7 B"
+    ]
+
+
+def with_values(plan: Plan, *activations_bytes: int) -> Plan:
+    """The plan with values at each step, inputs of 7 * 3 bytes, and something for all else that takes memory."""
+    steps = tuple(
+        replace(step, activations_bytes=nbytes) for step, nbytes in zip(plan.steps, activations_bytes, strict=True)
+    )
+    return replace(
+        plan, steps=steps, sizes=(("s0", 3),), inputs=(("s0", 7),), workspace_bytes=1024, other_bytes=2 * MIB
+    )
+
+
+def test_budget_is_kept_at_each_step() -> None:
+    """Only the steps that exceed it are marked, each with what it takes; the largest part comes first."""
+    plan = with_values(PLANS["chain_without_wrap"], 10, MIB, 0, 20)
+    taken = 2 * MIB + 2 * MIB + 1024 + 21
+    assert verify_plan(plan, taken + MIB) == []
+    over = verify_plan(plan, taken + 15)
+    step_lines = [format_plan(plan).splitlines()[violation.line].split()[:3] for violation in over]
+    assert step_lines == [[">", "1", "run"], [">", "3", "run"]]
+    assert [violation.message for violation in over] == [
+        f"step 1 takes {taken + MIB} bytes, 1048561 more than the budget of {taken + 15} bytes (4.00 MiB): "
+        "arena 2.00 MiB, all else 2.00 MiB, its values 1.00 MiB, workspace 1.00 KiB, inputs 21 B",
+        f"step 3 takes {taken + 20} bytes, 5 more than the budget of {taken + 15} bytes (4.00 MiB): "
+        "arena 2.00 MiB, all else 2.00 MiB, workspace 1.00 KiB, inputs 21 B, its values 20 B",
+    ]
+
+
+def test_no_step_is_to_blame_for_what_is_always_there() -> None:
+    plan = with_values(PLANS["chain_without_wrap"], 10, MIB, 0, 20)
+    always = 4 * MIB + 1024 + 21
+    assert [format_plan(plan).splitlines()[each.line].split()[1] for each in verify_plan(plan, always)] == [
+        "0",
+        "1",
+        "3",
+    ]
+    assert messages(plan, always - 1) == [
+        f"any step takes {always} bytes, 1 more than the budget of {always - 1} bytes (4.00 MiB): "
+        "arena 2.00 MiB, all else 2.00 MiB, workspace 1.00 KiB, inputs 21 B"
+    ]
+    assert verify_plan(plan, always - 1)[0].line == 0
+
+
+def test_budget_of_a_plan_without_steps() -> None:
+    empty = Plan("cpu", 1, 1, False, (), (Weight("scale", 5),), (), (), (), 1, (), inputs=(("1", 3),))
+    assert verify_plan(empty, 8) == []
+    assert messages(empty, 7) == [
+        "any step takes 8 bytes, 1 more than the budget of 7 bytes (7 B): leftovers 5 B, inputs 3 B"
     ]
 
 
