@@ -273,7 +273,7 @@ class _Costs:
 
     def _reads_in_order(self, node: fx.Node, root: fx.Node) -> bool:
         """Whether all that reads ``root`` is done before the kernel of ``node``, or leads to it element by element."""
-        if _layout(root) is None or _layout(root) != _layout(node):
+        if _memory_key(root) != _memory_key(node) or not all(map(_is_dense, (root, node))):
             return False
         done = {each for each in self._ancestors(node, root) if self.level[each] < self.level[node]}
         waiting, seen = [root], {root, node}
@@ -314,12 +314,9 @@ def _is_pointwise(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
-def _layout(node: fx.Node) -> tuple[torch.dtype, str] | None:
-    """Dtype and number of elements of a node that makes one dense tensor."""
+def _is_dense(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
-        return None
-    return value.dtype, str(value.numel())
+    return isinstance(value, torch.Tensor) and value.is_contiguous()
 
 
 def _memory_key(node: fx.Node) -> tuple[torch.dtype, str] | None:

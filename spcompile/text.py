@@ -112,7 +112,7 @@ def _header(plan: Plan) -> _Lines:
         ("bytes moved", moved, f"per iteration, {_count(len(plan.intervals), 'copy', 'copies')}"),
     ]
     if plan.mapped:
-        in_place = sum(nbytes for step in plan.steps for page, nbytes in step.gathers if page in plan.mapped)
+        in_place = sum(plan.gathered_bytes(step) for step in range(len(plan.steps)))
         rows.append(("read in place", in_place, f"per iteration, rows of {_count(len(plan.mapped), 'mapped page')}"))
     columns = max(len(f"{nbytes:,}") for _, nbytes, _ in rows)
     for name, nbytes, note in rows:

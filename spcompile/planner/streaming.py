@@ -37,13 +37,7 @@ def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
     kept = frozenset(residents)
     streamed = _streamed(plan, kept)
     _check_window(plan.steps, streamed, k)
-    plan = replace(
-        plan,
-        k=k,
-        m=m,
-        residents=tuple(sorted(kept)),
-        mapped=tuple(page for page in plan.mapped if page not in kept),
-    )
+    plan = _with_window(plan, kept, k, m)
     if not any(streamed):
         return replace(plan, intervals=(), period=1, slots=())
     stays = plan_window(streamed, k, m, plan.wraps)
@@ -85,14 +79,14 @@ def stream_in_room(
             break
         # What lies between the pages is lost. With less to hold it is less, too.
         usable_bytes = min(usable_bytes - ALIGNMENT_BYTES, usable_bytes * room_bytes // packing.arena_bytes)
-    plan = replace(
-        plan,
-        k=max(1, most_held(stays, n_steps)),
-        m=1,
-        residents=tuple(sorted(kept)),
-        mapped=tuple(page for page in plan.mapped if page not in kept),
-    )
+    plan = _with_window(plan, kept, max(1, most_held(stays, n_steps)), 1)
     return _at_offsets(plan, stays, packing)
+
+
+def _with_window(plan: Plan, kept: Set[int], k: int, m: int) -> Plan:
+    """The plan with these residents, of which none is read in place, and this window."""
+    mapped = tuple(page for page in plan.mapped if page not in kept)
+    return replace(plan, k=k, m=m, residents=tuple(sorted(kept)), mapped=mapped)
 
 
 def _streamed(plan: Plan, kept: Set[int]) -> list[tuple[int, ...]]:
