@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from spcompile.errors import OptionError
 from spcompile.ir import Action, ActionKind, Interval, Plan
 
 WIDTH = 100
@@ -101,6 +102,7 @@ def _header(plan: Plan) -> _Lines:
     peak = arena + residents + leftovers
     moved = _sum_pages_bytes(plan, [interval.page for interval in plan.intervals])
     share = f" ({peak / weights:.1%})" if 0 < peak < 100 * weights else ""
+    beside, all_else = _beside(plan)
     rows = [
         ("weights", weights, "all that the graph reads"),
         ("leftovers", leftovers, f"{_count(len(plan.leftovers), 'small weight')} outside the pages"),
@@ -108,7 +110,7 @@ def _header(plan: Plan) -> _Lines:
         ("arena", arena, f"{_count(len(plan.slots), 'slot')} for what is streamed"),
         ("peak weight bytes", peak, f"on the device at once{share}"),
         ("activations", plan.activations_bytes, "most that other values take at once"),
-        ("peak bytes", peak + plan.beside_bytes(), "with inputs, workspaces and all else"),
+        ("peak bytes", peak + beside, all_else),
         ("bytes moved", moved, f"per iteration, {_count(len(plan.intervals), 'copy', 'copies')}"),
     ]
     if plan.mapped:
@@ -117,6 +119,14 @@ def _header(plan: Plan) -> _Lines:
     columns = max(len(f"{nbytes:,}") for _, nbytes, _ in rows)
     for name, nbytes, note in rows:
         yield f"  {name:<17}  {format_bytes(nbytes):>11}  {nbytes:>{columns},} bytes   {note}", []
+
+
+def _beside(plan: Plan) -> tuple[int, str]:
+    """What the device holds beside the weights at most, and what to say of it."""
+    try:
+        return plan.beside_bytes(), "with inputs, workspaces and all else"
+    except OptionError as error:
+        return 0, f"weights alone: {error}"
 
 
 def _pages(plan: Plan) -> _Lines:

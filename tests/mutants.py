@@ -36,6 +36,7 @@ def mutants_of_places(plan: Plan) -> Iterator[tuple[str, str, Plan]]:
         "stay ends later": _ends_later,
         "gap cut short": _gaps_cut_short,
         "loaded again": _loaded_again,
+        "left to the next iteration": _left_to_the_next,
     }
     for kind, make in makers.items():
         for name, mutant in make(plan):
@@ -237,3 +238,17 @@ def _loaded_again(plan: Plan) -> Iterator[tuple[str, Plan]]:
         before, behind = replace(interval, end_step=one + 1), replace(interval, start_step=two)
         intervals = (*changed(plan.intervals, index, before), behind)
         yield f"interval {index} again before step {two}", replace(plan, intervals=intervals)
+
+
+def _left_to_the_next(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """A later stay of a page goes; its bytes are there at the same time, but on behalf of the next iteration."""
+    n_steps = len(plan.steps)
+    for index, interval in enumerate(plan.intervals):
+        same = [other for other in range(index) if plan.intervals[other].page == interval.page]
+        start_step = max(interval.start_step, 1) - n_steps
+        if not same or not plan.wraps or start_step > plan.intervals[same[0]].start_step:
+            continue
+        early = replace(plan.intervals[same[0]], start_step=start_step)
+        intervals = changed(plan.intervals, same[0], early)
+        name = f"interval {index} left to {same[0]} of the next iteration"
+        yield name, _without_idle_slots(replace(plan, intervals=(*intervals[:index], *intervals[index + 1 :])))

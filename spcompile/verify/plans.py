@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from spcompile.errors import OptionError
 from spcompile.ir import ALIGNMENT_BYTES, Interval, Plan
-from spcompile.sizes import value_of
+from spcompile.sizes import Polynomial, value_of
 from spcompile.text import LineKey, format_bytes, plan_text
 from spcompile.verify.violations import Violation
 
@@ -234,6 +235,21 @@ def _check_bytes(plan: Plan) -> Iterator[_Finding]:
         yield _HEADER, f"the slots end at byte {arena}, but the plan says that the arena has {plan.arena_bytes} bytes"
     if all(_is_page(plan, page) for page in plan.residents) and peak != plan.peak_weight_bytes:
         yield _HEADER, f"weights take {peak} bytes at once, but the plan says {plan.peak_weight_bytes}"
+    yield from _check_values(plan)
+
+
+def _check_values(plan: Plan) -> Iterator[_Finding]:
+    """What depends on sizes has a value with those at capture, and the steps agree with it."""
+    for polynomial in (plan.inputs, *plan.activations):
+        try:
+            value_of(polynomial, dict(plan.sizes))
+        except OptionError as error:
+            yield _HEADER, f"with the sizes at capture there is no value: {error}"
+    most_bytes = max((step.activations_bytes for step in plan.steps), default=0)
+    said_bytes = max((_value_bytes(plan, each) for each in plan.activations), default=most_bytes)
+    if said_bytes != most_bytes:
+        message = f"the values of one step take {most_bytes} bytes at most, but as a formula of sizes {said_bytes}"
+        yield _HEADER, message
 
 
 def _check_budget(plan: Plan, budget_bytes: int) -> Iterator[_Finding]:
@@ -243,7 +259,7 @@ def _check_budget(plan: Plan, budget_bytes: int) -> Iterator[_Finding]:
     """
     always = {
         **_weights_parts(plan),
-        "inputs": value_of(plan.inputs, dict(plan.sizes)),
+        "inputs": _value_bytes(plan, plan.inputs),
         "workspace": plan.workspace_bytes,
         "all else": plan.other_bytes,
     }
@@ -272,6 +288,14 @@ def _weights_parts(plan: Plan) -> dict[str, int]:
         "residents": sum(_page_bytes(plan, page) for page in plan.residents),
         "leftovers": sum(weight.nbytes for weight in plan.leftovers),
     }
+
+
+def _value_bytes(plan: Plan, polynomial: Polynomial) -> int:
+    """With the sizes at capture; 0 where it has no value, which `_check_values` reports."""
+    try:
+        return value_of(polynomial, dict(plan.sizes))
+    except OptionError:
+        return 0
 
 
 def _arena_bytes(plan: Plan) -> int:

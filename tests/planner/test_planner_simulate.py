@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
+from typing import TypeVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,12 +23,18 @@ from spcompile.planner import simulate as simulate_module
 from spcompile.planner.machine import PROFILES
 from spcompile.planner.make_plan import make_plan
 from spcompile.planner.simulate import Simulation, Span, Stall, predict_iteration_us, simulate
+from spcompile.planner.streaming import stream_in_room
 from tests.hand_plans import PLANS, page
 from tests.planner.planner_cases import READS, Reads, chain
+from tests.random_plans import graphs
 from tests.running import Event, Run, compile_offloaded, expected_events, with_steps
+from tests.slow_device import SlowStreams, Wait
+from tests.slow_device import Work as SlowWork
 
 MACHINE = replace(PROFILES["h100"], name="one byte per us", copy_us=0.0, h2d_bytes_per_s=1e6)
 """A page of n bytes takes n us."""
+
+T = TypeVar("T")
 
 Work = tuple[str, str, float, float]
 """Lane, page or segment, start and end in us."""
@@ -354,6 +362,29 @@ def test_places_that_overlap_in_part(plan: Plan) -> None:
     assert_same_work(work_of(simulation, "compute"), runs)
 
 
+@st.composite
+def plans_in_room(draw: st.DrawFn) -> Plan:
+    """Any order of use streamed through any room, pages kept between their uses or not."""
+    graph = draw(graphs())
+    sizes_bytes = [each.slot_bytes for each in graph.pages]
+    room_bytes = draw(st.integers(max(sizes_bytes), sum(sizes_bytes)))
+    reserve_bytes = draw(st.none() | st.sampled_from([0, max(sizes_bytes)]))
+    try:
+        plan = stream_in_room(graph, (), room_bytes, reserve_bytes=reserve_bytes)
+    except ValueError:
+        assume(False)
+    times = st.sampled_from([1.0, 300.0, 5000.0])
+    return replace(plan, steps=tuple(replace(step, compute_us=draw(times)) for step in plan.steps))
+
+
+@given(plans_in_room())
+def test_places_by_lifetime(plan: Plan) -> None:
+    simulation = simulate(plan, MACHINE, iterations=4)
+    copies, runs = timed(expected_events(plan, 4), plan, MACHINE)
+    assert_same_work(work_of(simulation, "H2D"), copies)
+    assert_same_work(work_of(simulation, "compute"), runs)
+
+
 @given(plans())
 def test_steady_state_is_what_many_iterations_come_to(plan: Plan) -> None:
     simulation = simulate(plan, MACHINE)
@@ -500,3 +531,168 @@ def test_emulated_device_within_a_budget(part: float) -> None:
             run.model(x)
     for compute, link in SPEEDS:
         assert_same_times(run, compute, link)
+
+
+# The emulated device with a clock: who waits for whom is what the runtime has queued, and nothing else.
+
+LINK_BYTES_PER_S = 2.0**20
+STEP_US = (500.0, 3000.0, 125.0, 750.0, 2000.0)
+"""With these, and pages of whole kilobytes, all times are sums of binary fractions: orders are exact."""
+
+SLOW = {
+    "slow link": ((1.0,), 0.125),
+    "slow compute": ((32.0,), 1.0),
+    "slow link, one slow step": ((1.0, 1.0, 64.0), 0.25),
+    "both slow": ((8.0, 1.0), 0.25),
+}
+SPEEDS_OF = SLOW | {"very slow compute": ((1024.0,), 1.0)}
+"""How many times as long steps take, in turn, and how many times as fast copies are."""
+
+Order = list[tuple[str, str, str | int]]
+
+
+def order_of(copies: Iterable[SlowWork], runs: Iterable[SlowWork]) -> Order:
+    """Every start and end in one row; at the same moment, what ends comes first, and compute before copies."""
+    moments = []
+    for rank, (name, works) in enumerate((("compute", runs), ("H2D", copies))):
+        for each in works:
+            moments += [
+                (each.end_us, 0, rank, "ends", name, each.what),
+                (each.start_us, 1, rank, "starts", name, each.what),
+            ]
+    moments.sort(key=lambda moment: moment[:3])
+    return [(verb, name, what) for *_, verb, name, what in moments]
+
+
+def waits_of(plan: Plan, simulations: Iterable[Simulation]) -> set[Wait]:
+    """The stalls of all iterations that are told of, with the iteration that they are in."""
+    waits = set()
+    for simulation in simulations:
+        for stall in simulation.stalls:
+            n_runs = sum(span.end_us <= stall.start_us for span in lane(simulation, "compute"))
+            assert n_runs % len(plan.steps) == stall.step
+            waits.add(Wait(n_runs // len(plan.steps), stall.step, stall.page, stall.cause))
+    return waits
+
+
+class SlowRun:
+    """Some iterations on the slow device, and how the simulator sees them."""
+
+    def __init__(self, model: nn.Module, slow: str, iterations: int = 5, **options: int) -> None:
+        factors, link = SPEEDS_OF[slow]
+        step_us = [STEP_US[index % 5] * factors[index % len(factors)] for index in range(5 * len(factors))]
+        x = torch.ones(2, 16)
+        with torch.no_grad():
+            expected = model(x)
+        run = compile_offloaded(model, **options)
+        self.streams = SlowStreams(run.events, step_us, link * LINK_BYTES_PER_S)
+        run.store.arena.streams = self.streams
+        with torch.no_grad():
+            assert all(torch.equal(run.model(x), expected) for _ in range(iterations))
+        self.streams.synchronize()
+        steps = (replace(each, compute_us=step_us[at % len(step_us)]) for at, each in enumerate(run.plan.steps))
+        self.plan = replace(run.plan, steps=tuple(steps))
+        self.iterations = iterations
+        self.machine = replace(MACHINE, h2d_bytes_per_s=link * LINK_BYTES_PER_S)
+
+    def assert_as_simulated(self) -> None:
+        """The same copies and runs in the same order, and the same waits for the same reasons."""
+        plan, n_steps = self.plan, len(self.plan.steps)
+        simulation = simulate(plan, self.machine, iterations=self.iterations)
+        found = order_of((each.work for each in self.streams.copies), self.streams.runs)
+        copies = (SlowWork(span.label, span.start_us, span.end_us) for span in lane(simulation, "H2D"))
+        runs = (SlowWork(span.step, span.start_us, span.end_us) for span in lane(simulation, "compute"))
+        assert found == order_of(copies, runs)
+        simulations = [simulate(plan, self.machine, iterations=count) for count in range(2, self.iterations + 1)]
+        expected = waits_of(plan, simulations)
+        # The simulation tells of one iteration of its last period, never of the cold one.
+        told_of = max((wait.iteration for wait in expected), default=0) if plan.period > 1 else self.iterations - 1
+        waits = [wait for wait in self.streams.waits(n_steps) if 0 < wait.iteration <= told_of]
+        assert set(waits) == expected
+        assert len(waits) == len(set(waits))
+        n_copies = sum(interval.start_step <= 0 for interval in plan.intervals) if plan.wraps else 0
+        assert len(self.streams.copies) == self.iterations * len(plan.intervals) + n_copies
+        assert len(self.streams.runs) == self.iterations * n_steps
+
+
+class Widths(nn.Module):
+    """Layers of whole kilobytes, used in any order, one of them as often as is said."""
+
+    def __init__(self, widths: Sequence[int], order: Sequence[int]) -> None:
+        super().__init__()
+        self.order = order
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, width, bias=False), nn.Linear(width, 16, bias=False)) for width in widths
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = torch.tanh(self.layers[index](x))
+        return x
+
+
+CHAIN = tuple(range(5))
+THERE_AND_BACK = (0, 1, 2, 3, 4, 3, 2, 1, 0)
+ORDERS = {
+    "chain": CHAIN,
+    "tied ends": (*CHAIN, 0),
+    "there and back": THERE_AND_BACK,
+    "repeated": (0, 1, 2, 0, 1, 2, 3, 4),
+}
+EVEN, UNEVEN = (64,) * 5, (64, 16, 32, 128, 16)
+
+
+def has_kept_gap(plan: Plan) -> bool:
+    """Whether a page stays over steps that do not read it."""
+    uses = [
+        [step for step in range(max(0, each.start_step), each.end_step) if each.page in plan.needs(step)]
+        for each in plan.intervals
+    ]
+    return any(two > one + 1 for steps in uses for one, two in pairwise(steps))
+
+
+@cache
+def peaks_of_tradeoff(order: tuple[int, ...]) -> tuple[int, int]:
+    """Of the smallest and of the fastest plan."""
+    with torch.no_grad():
+        plan = spcompile.plan(Widths(UNEVEN, order), (torch.ones(2, 16),), device="cpu", compiler="eager", k=3)
+    curve = plan.tradeoff()
+    return curve[0].peak_bytes, curve[-1].peak_bytes
+
+
+def in_turn(options: Sequence[T]) -> list[tuple[str, str, T]]:
+    """Every order with every slowness, the options taken in turn: all combinations would take a minute."""
+    return [
+        (order, slow, options[(index + index // len(SLOW)) % len(options)])
+        for index, (order, slow) in enumerate(product(ORDERS, SLOW))
+    ]
+
+
+@pytest.mark.parametrize(("order", "slow", "window"), in_turn([(1, 1), (2, 1), (3, 2), (4, 4)]))
+def test_slow_device_with_k_and_m(order: str, slow: str, window: tuple[int, int]) -> None:
+    k, m = window
+    SlowRun(Widths(EVEN if k % 2 else UNEVEN, ORDERS[order]), slow, k=k, m=m).assert_as_simulated()
+
+
+@pytest.mark.parametrize(("order", "slow", "part"), in_turn([0.0, 0.3, 0.6, 0.9]))
+def test_slow_device_within_a_budget(order: str, slow: str, part: float) -> None:
+    smallest, largest = peaks_of_tradeoff(ORDERS[order])
+    run = SlowRun(Widths(UNEVEN, ORDERS[order]), slow, budget=int(smallest + part * (largest - smallest)))
+    assert has_kept_gap(run.plan) == (order == "repeated" or (order == "there and back" and part > 0))
+    run.assert_as_simulated()
+
+
+def test_slow_device_waits_where_it_is_slow() -> None:
+    """Five equal pages, k = 2. With a slow link every step waits for it, with slow compute only the first of all."""
+    by_link = SlowRun(Widths(EVEN, CHAIN), "slow link", k=2).streams.waits(5)
+    assert {(wait.iteration, wait.step) for wait in by_link} == set(product(range(5), range(5)))
+    assert {wait.cause for wait in by_link if wait.iteration > 0} == {"link"}
+    by_compute = SlowRun(Widths(EVEN, CHAIN), "very slow compute", k=2).streams.waits(5)
+    assert by_compute == [Wait(0, 0, "layers.0", "late")]
+
+
+def test_slow_device_shows_a_wait_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that do not wait for the last readers of their places come before these are done."""
+    monkeypatch.setattr(SlowStreams, "side_wait", lambda *_: None)
+    with pytest.raises(AssertionError):
+        SlowRun(Widths(EVEN, CHAIN), "slow compute", k=2).assert_as_simulated()

@@ -76,6 +76,7 @@ BY_HAND = {
     "places that change every iteration": in_room(chain(5), [1] * 5, 2),
     "kept over a gap": in_room([[0], [1], [2], [0], [3]], [1, 1, 2, 1], 4, keep=True),
     "there and back, middle kept": in_room(chain(5) + chain(5)[::-1], [1, 3, 1, 2, 1], 5, keep=True, wraps=False),
+    "tied ends": in_room([*chain(4), [0]], [1, 1, 2, 1], 3),
     "two pages in a step": in_room([[0, 1], [1, 2], [2, 3], [3, 0]], [1, 2, 1, 3], 6),
 }
 """Plans that show what the mutants are about; the tests below say that they do."""
@@ -131,6 +132,7 @@ def test_plans_by_hand_show_what_they_are_for() -> None:
         "copy starts earlier",
         "stay ends later",
         "gap cut short",
+        "left to the next iteration",
     }
 
 

@@ -399,6 +399,22 @@ def test_totals_are_counted_again() -> None:
     }
 
 
+def test_values_are_counted_again() -> None:
+    """What a step is said to take, and what `Plan.peak_bytes` goes by, are two texts of one thing."""
+    plan = replace(with_values(PLANS["chain_without_wrap"], 10, 30, 0, 20), activations=((("s0", 8),), (("s0", 10),)))
+    assert verify_plan(plan) == []
+    assert messages(replace(plan, activations=((("s0", 8), ("1", -1)),))) == [
+        "the values of one step take 30 bytes at most, but as a formula of sizes 23"
+    ]
+
+
+def test_sizes_without_a_value_are_a_violation() -> None:
+    plan = replace(PLANS["chain_without_wrap"], inputs=(("s1", 4),))
+    assert messages(plan, 5 * MIB) == [
+        "with the sizes at capture there is no value: size 's1' has no value; given are none"
+    ]
+
+
 def test_pages_stand_in_order_of_first_use() -> None:
     plan = PLANS["all_resident"]
     assert messages(replace(plan, steps=plan.steps[::-1])) == [
