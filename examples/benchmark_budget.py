@@ -28,6 +28,7 @@ from torch import nn
 import spcompile
 from examples.benchmark_llama import build, measure_link
 from examples.benchmark_ways import Figures, compiled, forward, in_a_process, in_turns, store_of
+from spcompile import pipeline
 from spcompile.ir import Plan
 from spcompile.passes import make_schedule
 
@@ -77,9 +78,9 @@ def planning() -> Figures:
             seconds.append(time.perf_counter() - started)
             nodes.append(len(program.graph.nodes))
 
-        last = spcompile.planning.PLANNING_PASSES[-1]
-        planned = (*spcompile.planning.PLANNING_PASSES[:-1], type(last)(timed))
-        with torch.no_grad(), mock.patch.object(spcompile.planning, "PLANNING_PASSES", planned):
+        last = pipeline.PLANNING[-1]
+        planned = (*pipeline.PLANNING[:-1], type(last)(timed, together=True))
+        with torch.no_grad(), mock.patch.object(spcompile.planning, "PLANNING", planned):
             keywords = {"input_ids": tokens, "use_cache": False}
             spcompile.plan(model, (), keywords, device="cuda", budget="6GB", machine="h100")
         figures[f"{layers} layers, {nodes[0]} nodes: placed in, s"] = seconds[0]

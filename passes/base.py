@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -44,7 +44,7 @@ class WeightInput:
     path: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """One captured graph on its way through the passes.
 
@@ -61,11 +61,19 @@ class Program:
         elsewhere_pages: how many pages the parts of the model make, or will make, that this graph does not read.
         known_pages: pages that earlier graphs of the same model made; a weight never changes its page.
         known_residents: names of pages that earlier graphs keep on the device.
+        forward, backward: in training, the two graphs know each other: they are planned together, and everything about
+            the plan is said of the forward one.
+        gradients: which outputs of a backward graph are gradients of weights: index of the output, and of Dynamo's
+            input that the gradient belongs to.
+        written: weights that a graph updates, this one or one that is planned with it: they are read and written in
+            place, never through a slot. Filled in by ``make_schedule``.
         plan: filled in by ``make_schedule``.
         paged: per placeholder that is read through a page, the page's index in the plan; filled in by
             ``split_segments``, because afterwards the graph no longer shows which weights its segments write.
         page_inputs: per streamed page, the placeholders that its load stands for, in the order of the tuple that it
             returns; filled in by ``insert_transfers``.
+        sends: per step that sends gradients, which of Dynamo's inputs they belong to, in the order of the tuple that
+            the send returns; filled in by ``insert_transfers``.
     """
 
     module: fx.GraphModule
@@ -80,9 +88,14 @@ class Program:
     elsewhere_pages: int = 0
     known_pages: tuple[Page, ...] = ()
     known_residents: frozenset[str] = frozenset()
+    forward: Program | None = None
+    backward: Program | None = None
+    gradients: Mapping[int, int] = field(default_factory=dict)
+    written: frozenset[Weight] = frozenset()
     plan: Plan | None = None
     paged: dict[str, int] = field(default_factory=dict)
     page_inputs: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    sends: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -93,6 +106,16 @@ class Program:
         nodes = self.graph.find_nodes(op="placeholder")
         return {node: self.weights[node.name] for node in nodes if node.name in self.weights}
 
+    @property
+    def graphs(self) -> tuple[Program, ...]:
+        """The graphs that are planned together, in the order in which they run: one, or forward and backward."""
+        first = self.forward or self
+        return (first,) if first.backward is None else (first, first.backward)
+
+    def steps(self) -> range:
+        """Which steps of the plan are this graph's."""
+        return self.planned().graphs[0 if self.forward is None else 1]
+
     def planned(self) -> Plan:
         """The plan; only for passes after ``make_schedule``."""
         assert self.plan is not None, "make_schedule has not run"
@@ -101,36 +124,34 @@ class Program:
 
 @dataclass(frozen=True)
 class Pass:
-    """One entry of the pipeline: a name for messages and dumps, and the function that rewrites the program in place."""
+    """One entry of the pipeline: the function that rewrites the program in place, and whether it takes the graphs that
+    are planned together at once, as the first of them, or one by one."""
 
     run: Callable[[Program], None] = dataclasses.field(repr=False)
+    together: bool = False
 
     @property
     def name(self) -> str:
         return self.run.__name__
 
 
-def written_weights(program: Program) -> frozenset[Weight]:
-    """Weights that the graph itself updates. They are read and written in place, never through a slot."""
+def written_weights(program: Program) -> Iterator[Weight]:
+    """Weights that the graph updates, as it stands before it is split."""
     weights = program.weight_nodes()
     roots = memory_roots(program.graph.nodes)
-    return frozenset(
-        weights[root].weight
-        for node in program.graph.nodes
-        for destination in written_inputs(node)
-        for root in roots[destination]
-        if root in weights
-    )
+    for node in program.graph.nodes:
+        for root in {root for each in written_inputs(node) for root in roots[each]}:
+            if root in weights:
+                yield weights[root].weight
 
 
 def paged_inputs(program: Program) -> dict[fx.Node, int]:
     """The placeholders that are read through a page, each with the page's index in the plan, in order."""
-    written = written_weights(program)
     page_of = {weight.name: index for index, page in enumerate(program.planned().pages) for weight in page.weights}
     return {
         node: page_of[each.weight.name]
         for node, each in program.weight_nodes().items()
-        if each.weight.name in page_of and each.weight not in written
+        if each.weight.name in page_of and each.weight not in program.written
     }
 
 

@@ -15,11 +15,15 @@ Two sources:
 Nodes without a stack belong where the weights lie that they read; those that read none (sums that autograd made,
 moved write-backs) take the label of the node before them. Cheap constants (``full``, ``arange``) are copied to each
 layer that reads them, so that they tie no layers together and identical layers stay identical.
+
+In a backward graph each node belongs where the node of the forward graph does that it differentiates: autograd has
+given both the same number. What is computed again in backward belongs to its first reader.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import re
 
@@ -38,14 +42,21 @@ small weights around it stays one page."""
 def find_layers(program: Program) -> None:
     """Write ``node.meta[LAYER]`` on every node that is not a placeholder or the output."""
     _tuck_getitems(program)
+    if program.forward is not None:
+        _label_backward(program, program.forward)
+    else:
+        _label_forward(program)
+    _label_weight_views(program)
+    _copy_constants_to_readers(program)
+
+
+def _label_forward(program: Program) -> None:
     named = [each for each in program.weights.values() if each.path]
     layer_paths = find_layer_paths((each.path, each.weight.nbytes) for each in named)
     if layer_paths:
         _label_by_module(program, layer_paths)
     else:
         _label_by_structure(program)
-    _label_weight_views(program)
-    _copy_constants_to_readers(program)
 
 
 def _tuck_getitems(program: Program) -> None:
@@ -91,6 +102,32 @@ def _first_path_read(program: Program, views: dict[fx.Node, None]) -> dict[fx.No
         if paths:
             read[node] = paths[0]
     return read
+
+
+def _label_backward(program: Program, forward: Program) -> None:
+    """By the number that autograd gave to a forward node and its derivative; the last node with a number is the one
+    that was differentiated.
+
+    Autograd goes back from high numbers to low ones. A higher one in between belongs to a sum that autograd made, which
+    follows the node before it.
+    """
+    label_of = {node.meta.get("seq_nr"): node.meta[LAYER] for node in forward.graph.nodes if LAYER in node.meta}
+    views = weight_views(program)
+    recomputed: list[fx.Node] = []
+    label: str | None = None
+    lowest = math.inf
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output") or node in views:
+            continue
+        number = node.meta.get("seq_nr")
+        if node.meta.get("partitioner_tag") == "is_forward":
+            recomputed.append(node)
+        elif number is not None and number <= lowest and number in label_of:
+            label, lowest = label_of[number], number
+        node.meta[LAYER] = label
+    for node in reversed(recomputed):
+        readers = [user for user in sorted(node.users) if LAYER in user.meta]
+        node.meta[LAYER] = readers[0].meta[LAYER] if readers else node.meta[LAYER]
 
 
 def _cut_outside(program: Program) -> None:

@@ -7,6 +7,10 @@ Why here: layers are labelled and nothing is cut. The pass reads the graph, deci
     y = mm(x, w_1)              # layers.0     -> segment 1 "layers.0"   reads page "layers.0"
     z = mm(y, w_0)              # outside      -> segment 2 "embed#1"    reads page "embed" (tied)
 
+In training it takes the forward and the backward graph at once: one plan, with the steps of backward behind those of
+forward. Unless everything stays on the device, gradients of weights leave for host memory behind the step that makes
+them.
+
 **Segments** are the runs of equal labels in program order (``runs.py``), **pages** the weights that move together
 (``pages.py``). Neither depends on k and m: plans of one model share compiled segments and host memory. Only where a
 budget, or the device, has no room for whole layers are they cut finer (``cut_finer.py``), and with a budget small pages
@@ -23,9 +27,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import fx
+
 from spcompile.costs import SegmentCost, largest, segment_costs, symbol_hints, total_size
 from spcompile.errors import OptionError
+from spcompile.graph import nbytes_of, tensors_of
 from spcompile.ir import Plan, Step
+from spcompile.joint import join_graphs
 from spcompile.passes.base import SEGMENT, Program, written_weights
 from spcompile.passes.pages import gathers_of, make_pages, merge_pages
 from spcompile.passes.runs import Run, cut_runs, find_runs, gathered_bytes
@@ -50,15 +58,31 @@ MERGED_PARTS = 8
 
 def make_schedule(program: Program) -> None:
     """Cut the graph into runs, group weights into pages, and plan. Sets ``program.plan`` and ``node.meta[SEGMENT]``."""
+    written = frozenset(weight for each in program.graphs for weight in written_weights(each))
+    for each in program.graphs:
+        each.written = written
     runs = find_runs(program)
-    graph = _schedule(program, runs)
+    graph = _schedule(program, runs, sends=False)
+    if not _keeps_all(program, graph):
+        graph = _schedule(program, runs)
     if not _has_room(program, graph):
         graph = _cut_to_fit(program, runs, graph)
     else:
         merge_bytes = _merge_limit_bytes(program, graph)
         if merge_pages(program, runs, graph.pages, merge_bytes) != graph.pages:
             graph = _schedule(program, runs, merge_bytes)
-    program.plan = _place(program, graph)
+    plan = _place(program, graph)
+    for each in program.graphs:
+        each.plan = plan
+
+
+def _keeps_all(program: Program, graph: Plan) -> bool:
+    """Whether all weights stay on the device; then so do their gradients, like those of any model."""
+    options = program.options
+    if options.k is not None:
+        return options.k >= len(graph.pages) + program.elsewhere_pages
+    capacity_bytes = _capacity_bytes(program, graph)
+    return options.max_slowdown is None and (capacity_bytes is None or capacity_bytes >= graph.weights_bytes)
 
 
 def _has_room(program: Program, graph: Plan) -> bool:
@@ -95,7 +119,7 @@ def _cut_to_fit(program: Program, runs: Sequence[Run], whole: Plan) -> Plan:
     largest_bytes = max((page.nbytes for page in whole.pages), default=0)
     smallest, n_runs = whole, len(runs)
     for parts in PARTS:
-        cut = cut_runs(program, runs, largest_bytes // parts)
+        cut = cut_runs(runs, largest_bytes // parts)
         if len(cut) == n_runs:
             continue
         n_runs = len(cut)
@@ -112,36 +136,67 @@ def _least_bytes(graph: Plan) -> int:
     return graph.beside_bytes() + least_capacity_bytes(graph)
 
 
-def _schedule(program: Program, runs: Sequence[Run], merge_bytes: int = 0) -> Plan:
+def _schedule(program: Program, runs: Sequence[Run], merge_bytes: int = 0, *, sends: bool = True) -> Plan:
     """The graph with pages, steps and what is known of their costs, not placed. Sets ``node.meta[SEGMENT]``.
 
-    Layers' pages that come one behind the other are merged up to ``merge_bytes``.
+    Args:
+        merge_bytes: layers' pages that come one behind the other are merged up to this.
+        sends: whether gradients of weights leave for host memory as they are made.
     """
-    gathered = [gathered_bytes(program, run) for run in runs]
+    gathered = [gathered_bytes(run) for run in runs]
     pages, leftovers = make_pages(program, runs, gathered)
     pages = merge_pages(program, runs, pages, merge_bytes)
-    written = written_weights(program)
-    page_of = {weight: index for index, page in enumerate(pages) for weight in page.weights if weight not in written}
-    is_fused = program.options.compiler == "inductor"
-    costs = segment_costs(program.graph, [run.nodes for run in runs], program.machine, is_fused)
+    page_of = {
+        weight: index for index, page in enumerate(pages) for weight in page.weights if weight not in program.written
+    }
+    sent = [_gradients_made(run) if sends else () for run in runs]
     steps = []
     seen: dict[str, int] = {}
+    costs = _costs(program, runs, sent)
     for index, (run, cost, rows_bytes) in enumerate(zip(runs, costs, gathered, strict=True)):
         for node in run.nodes:
             node.meta[SEGMENT] = index
-        count = seen[run.label] = seen.get(run.label, -1) + 1
+        label = f"{run.label}.backward" if run.is_backward else run.label
+        count = seen[label] = seen.get(label, -1) + 1
         reads = dict.fromkeys(page_of[weight] for weight in run.reads if weight in page_of)
-        name = f"{run.label}#{count}" if count else run.label
+        name = f"{label}#{count}" if count else label
         gathers = tuple(gathers_of(pages, tuple(reads), run.reads, rows_bytes))
-        steps.append(Step(name, run.layer, tuple(reads), cost.compute_us, cost.activations_bytes, gathers))
+        sent_bytes = sum(nbytes_of(tensor) for node in sent[index] for tensor in tensors_of(node))
+        times_and_bytes = cost.compute_us, cost.activations_bytes, gathers, sent_bytes
+        steps.append(Step(name, run.layer, tuple(reads), *times_and_bytes))
     unplaced = Plan(program.device, 1, 1, program.wraps, pages, leftovers, (), tuple(steps), (), 1, ())
-    return replace(unplaced, **_totals(program, costs))
+    return replace(unplaced, **_totals(program, costs), backward_step=_backward_step(runs))
+
+
+def _backward_step(runs: Sequence[Run]) -> int | None:
+    n_forward = sum(not run.is_backward for run in runs)
+    return None if runs and runs[0].program.backward is None else n_forward
+
+
+def _gradients_made(run: Run) -> tuple[fx.Node, ...]:
+    """The gradients of weights that a run of a backward graph makes; twice where two weights share one."""
+    outputs = run.program.graph.output_node().args[0]
+    assert isinstance(outputs, (tuple, list))
+    inside = set(run.nodes)
+    made = (outputs[index] for index in run.program.gradients)
+    return tuple(node for node in made if isinstance(node, fx.Node) and node in inside)
+
+
+def _costs(program: Program, runs: Sequence[Run], sent: Sequence[Sequence[fx.Node]]) -> list[SegmentCost]:
+    graph, nodes = program.graph, [run.nodes for run in runs]
+    if program.backward is not None:
+        graph, copies = join_graphs(program.graph, program.backward.graph)
+        nodes, sent = ([[copies[node] for node in group] for group in groups] for groups in (nodes, sent))
+    return segment_costs(graph, nodes, program.machine, program.options.compiler == "inductor", sent)
 
 
 def _totals(program: Program, costs: Sequence[SegmentCost]) -> dict[str, Any]:
     """What the plan says of memory beside that of its weights."""
     weights = program.weight_nodes()
     inputs = [node for node in program.graph.find_nodes(op="placeholder") if node not in weights]
+    if program.backward is not None:  # what comes from outside: the gradients of what forward returned
+        saved = {node.name for node in program.graph.nodes}
+        inputs += [node for node in program.backward.graph.find_nodes(op="placeholder") if node.name not in saved]
     has_libraries = program.device != "cpu" and any(cost.uses_libraries for cost in costs)
     return {
         "machine": program.machine,

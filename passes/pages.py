@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from spcompile.ir import Page, Weight
 from spcompile.module_tree import readable_path
-from spcompile.passes.base import Program, written_weights
+from spcompile.passes.base import Program
 from spcompile.passes.runs import Run
 
 LEFTOVER_FRACTION = 64
@@ -28,7 +28,6 @@ def make_pages(
     for run in runs:
         for weight in run.reads:
             readers.setdefault(weight, {})[run.label] = None
-    written = written_weights(program)
     known = {weight.name: page for page in program.known_pages for weight in page.weights}
     layer_labels = {run.label for run in runs if run.layer is not None}
     # Tables outside the layers, of which only rows are read, are pages of their own: they may be read in place.
@@ -36,7 +35,7 @@ def make_pages(
     used: dict[Page, None] = {}
     groups: dict[tuple[tuple[str, ...], bool], list[Weight]] = {}
     for weight, labels in readers.items():
-        if weight in written:
+        if weight in program.written:
             continue
         if weight.name in known:
             used[known[weight.name]] = None

@@ -19,15 +19,16 @@ from torch._dynamo.callback import CallbackArgs, on_compile_start
 from torch._dynamo.exc import ShortenTraceback
 
 from spcompile.arrival import find_or_make_store, take_in_caller
-from spcompile.capture import Capture
+from spcompile.capture import Capture, Kind
 from spcompile.errors import SuperpipelineError
 from spcompile.ir import Plan
 from spcompile.options import Options, parse_options
 from spcompile.passes.base import Program
-from spcompile.pipeline import run_passes
+from spcompile.pipeline import PLANNING, REWRITING, run_passes
 from spcompile.rehome import RehomedCall, ambient_autocast, rehome_examples, rehome_graph
 from spcompile.runtime.compiled_graph import CompiledGraph
-from spcompile.runtime.transfers import WeightView
+from spcompile.runtime.transfers import Layout
+from spcompile.runtime.weights import WeightView
 from spcompile.segments import compile_segments, warm_up_inductor
 from spcompile.text import format_bytes
 
@@ -83,16 +84,17 @@ class _Compiler:
         self.capture = Capture(gm, example_inputs, options, store.weight_of, store.model_weights(), traced_inputs)
         self.find_store = functools.partial(take_in_caller, options=options)
         self.graphs: list[CompiledGraph] = []
+        self.training: Program | None = None
         self.placements: list[Plan] = []
         self.segments: dict[str, torch.nn.Module] = {}
         self.traced = False
 
     def compile(self) -> Callable[..., Any]:
         if not self.store.rehomed:
-            compiled = self.capture.trace(self._compile_graph)
+            compiled = self.capture.trace(self._compile_graph, self._plan_training)
         else:
             with ambient_autocast(self.store.device):
-                compiled = self._rehomed(self.capture.trace(self._compile_graph))
+                compiled = self._rehomed(self.capture.trace(self._compile_graph, self._plan_training))
         self.traced = True
         self._place()
         return compiled
@@ -106,25 +108,43 @@ class _Compiler:
             compiled, self.store, weights, capture.owned_by_model(), capture.written, self.graphs, self.find_store
         )
 
-    def _compile_graph(self, module: fx.GraphModule, wraps: bool) -> BoxedCallable:
+    def _plan_training(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        self.training = self.capture.program(forward, device=self.store.device, store=self.store, backward=backward)
+        run_passes(self.training, PLANNING)
+        self.placements.append(self.training.planned())
+        _report(self.training.planned(), self.training.options)
+
+    def _program(self, module: fx.GraphModule, kind: Kind) -> Program:
+        """The program of a graph that is to be compiled, with its plan."""
+        if kind is Kind.INFERENCE:
+            program = self.capture.program(module, device=self.store.device, store=self.store)
+            run_passes(program, PLANNING)
+            self.placements.append(program.planned())
+            _report(program.planned(), program.options)
+            return program
+        assert self.training is not None
+        planned = self.training if kind is Kind.FORWARD else self.training.backward
+        assert planned is not None
+        planned.module = module  # AOTAutograd may hand over a copy
+        return planned
+
+    def _compile_graph(self, module: fx.GraphModule, kind: Kind) -> BoxedCallable:
         store = self.store
-        program = self.capture.program(module, device=store.device, wraps=wraps, store=store)
+        program = self._program(module, kind)
         views = self._weight_views(program)
-        run_passes(program)
-        plan = program.planned()
+        run_passes(program, REWRITING)
         compile_segments(program.module, program.options.compiler, shared=store.segments, own=self.segments)
-        page_inputs = {page: [views[name] for name in names] for page, names in program.page_inputs.items()}
+        page_inputs = {page: tuple(views[name] for name in names) for page, names in program.page_inputs.items()}
+        layout = Layout(program.planned(), program.steps(), page_inputs, self._gradients(program))
         places = [
             index
             for index, node in enumerate(program.graph.find_nodes(op="placeholder"))
             if node.name in program.weights
         ]
-        graph = CompiledGraph(program.module, plan, page_inputs, places, store, self.find_store, program.options)
+        graph = CompiledGraph(program.module, layout, places, store, self.find_store, program.options)
         self.graphs.append(graph)
-        self.placements.append(plan)
         if self.traced:  # a backward, compiled at the first .backward()
             self._place()
-        _report(plan, program.options)
         return graph
 
     def _weight_views(self, program: Program) -> dict[str, WeightView]:
@@ -134,6 +154,14 @@ class _Compiler:
             assert tensor is not None
             views[node.name] = _view_of(each.weight.name, tensor)
         return views
+
+    def _gradients(self, program: Program) -> dict[int, tuple[WeightView, ...]]:
+        """Per step that sends gradients, the parameters that they belong to."""
+        capture = self.capture
+        return {
+            step: tuple(_view_of(capture.weights[each].weight.name, capture.example_inputs[each]) for each in inputs)
+            for step, inputs in program.sends.items()
+        }
 
     def _place(self) -> None:
         """Move weights to where the plans want them. Only after tracing: it swaps the parameters' memory."""

@@ -8,10 +8,12 @@ that input's example is the model's own parameter, and its storage is the weight
 
 from __future__ import annotations
 
+import enum
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from spcompile.cuda_decompositions import Table, as_for_cuda
 from spcompile.errors import OffloadError
 from spcompile.graph import memory_roots, written_inputs
 from spcompile.ir import Machine, Page, Weight
+from spcompile.joint import gradients_of
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.options import Options
 from spcompile.partition import partition
@@ -40,8 +43,20 @@ logger = logging.getLogger(__name__)
 DEFAULT_MACHINE = "h100"
 """The profile that iterations are timed on where none is asked for and nothing can be measured."""
 
-GraphCompiler = Callable[[fx.GraphModule, bool], Callable[..., Any]]
-"""Takes an ATen graph, and whether the end of its iteration may prefetch for the next one (inference may)."""
+
+class Kind(enum.Enum):
+    """What an ATen graph is for."""
+
+    INFERENCE = "inference"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+GraphCompiler = Callable[[fx.GraphModule, Kind], Callable[..., Any]]
+"""Compiles an ATen graph."""
+
+TrainingPlanner = Callable[[fx.GraphModule, fx.GraphModule], None]
+"""Takes a forward graph and its backward graph as soon as there are two, before either is compiled."""
 
 
 class Capture:
@@ -81,19 +96,25 @@ class Capture:
             if weight is not None:
                 self.weights[index] = WeightInput(weight, path)
 
-    def trace(self, compile_graph: GraphCompiler) -> Callable[..., Any]:
-        """Run AOTAutograd, which hands over each ATen graph as soon as it has it."""
+    def trace(self, compile_graph: GraphCompiler, plan_training: TrainingPlanner) -> Callable[..., Any]:
+        """Run AOTAutograd, which hands over each ATen graph as soon as it has it.
+
+        In training it first makes both graphs, for ``plan_training``; the backward graph comes to ``compile_graph`` at
+        the first ``.backward()``.
+        """
         aot = aot_autograd(
-            fw_compiler=lambda module, _inputs: compile_graph(module, False),
-            bw_compiler=lambda module, _inputs: compile_graph(module, False),
-            inference_compiler=lambda module, _inputs: compile_graph(module, True),
-            partition_fn=partition(self.options.compiler, self.is_weight, self.for_cuda),
+            fw_compiler=lambda module, _inputs: compile_graph(module, Kind.FORWARD),
+            bw_compiler=lambda module, _inputs: compile_graph(module, Kind.BACKWARD),
+            inference_compiler=lambda module, _inputs: compile_graph(module, Kind.INFERENCE),
+            partition_fn=partition(self.options.compiler, self.is_weight, plan_training, self.for_cuda),
             decompositions=self._decompositions(),
             keep_inference_input_mutations=True,
         )
         fake_mode = detect_fake_mode(self.traced_inputs)
         tracing_context = TracingContext.try_get() or TracingContext(fake_mode)
-        with _collector_paused(), V.set_fake_mode(fake_mode), tracing(tracing_context):
+        # Donated buffers are those that backward may write over; `retain_graph` is refused where there are any.
+        no_donation = torch._functorch.config.patch(donated_buffer=False)
+        with _collector_paused(), V.set_fake_mode(fake_mode), tracing(tracing_context), no_donation:
             compiled: Callable[..., Any] = aot(self.gm, self.traced_inputs)
             return compiled
 
@@ -127,19 +148,16 @@ class Capture:
         module: fx.GraphModule,
         *,
         device: torch.device,
-        wraps: bool,
         store: PageStore | None,
+        backward: fx.GraphModule | None = None,
         free_bytes: int | None = None,
     ) -> Program:
-        """What the passes need to know of one ATen graph.
+        """What the passes need to know of one ATen graph, or of a forward graph and its ``backward``.
 
         ``store`` is None for a model that is not offloaded, ``free_bytes`` where the device is here and can be asked.
         """
-        weights = {}
-        for node in module.graph.find_nodes(op="placeholder"):
-            index = input_index(node)
-            if index is not None and index in self.weights:
-                weights[node.name] = self.weights[index]
+        weights = self._weights_of(module.graph)
+        wraps = backward is None
         self.written.update(_written_indices(module.graph))
         model_order = {weight.name: index for index, weight in enumerate(self.model_weights)}
         program = Program(module, weights, self.options, str(device), wraps, model_order)
@@ -153,7 +171,33 @@ class Capture:
         program.free_bytes = free_bytes
         program.machine = self._machine(device)
         program.other_bytes = self._other_bytes(device, store)
+        if backward is not None:
+            self._add_backward(program, backward)
         return program
+
+    def _add_backward(self, program: Program, backward: fx.GraphModule) -> None:
+        """Tie the program of a backward graph to that of its forward graph."""
+        self.written.update(_written_indices(backward.graph))
+        gradients = {
+            output: index
+            for output, source in gradients_of(program.graph, backward.graph)
+            if (index := input_index(source)) in self.weights and index is not None
+        }
+        program.backward = replace(
+            program,
+            module=backward,
+            weights=self._weights_of(backward.graph),
+            forward=program,
+            gradients=gradients,
+            paged={},
+            page_inputs={},
+            sends={},
+        )
+
+    def _weights_of(self, graph: fx.Graph) -> dict[str, WeightInput]:
+        """The placeholders that carry weights, by name."""
+        indices = {node.name: input_index(node) for node in graph.find_nodes(op="placeholder")}
+        return {name: self.weights[index] for name, index in indices.items() if index in self.weights}
 
     def _machine(self, device: torch.device) -> Machine:
         """The one that was asked for, or the one that is here; a shipped profile where the GPU is not here, or full."""

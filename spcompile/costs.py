@@ -21,8 +21,9 @@ known to be fused is taken for one of a library.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import sympy
@@ -88,6 +89,7 @@ def segment_costs(
     segments: Sequence[Sequence[fx.Node]],
     machine: Machine,
     is_fused: bool = True,
+    sent: Sequence[Collection[fx.Node]] = (),
 ) -> list[SegmentCost]:
     """The costs of all segments of an ATen graph.
 
@@ -96,8 +98,10 @@ def segment_costs(
         segments: the nodes of each segment, in program order.
         machine: for the times.
         is_fused: whether Inductor compiles the segments. Otherwise every operator stores what it makes.
+        sent: by segment, what it makes that leaves for host memory: gone from the device once the next segment that
+            sends something has run.
     """
-    return _Costs(graph, segments, machine, is_fused).run()
+    return _Costs(graph, segments, machine, is_fused, sent).run()
 
 
 class _Amount:
@@ -132,7 +136,9 @@ class _Costs:
         segments: Sequence[Sequence[fx.Node]],
         machine: Machine,
         is_fused: bool,
+        sent: Sequence[Collection[fx.Node]],
     ) -> None:
+        self.sent = sent
         self.nodes = list(graph.nodes)
         self.segments = segments
         self.machine = machine
@@ -247,15 +253,26 @@ class _Costs:
         """Which stored values are over after each node: when the last stored value made of them is there."""
         last: dict[fx.Node, fx.Node] = {node: node for node in self.stored}
         returned = {root for source in self.nodes[-1].all_input_nodes for root in self.roots[source]}
+        for root, gone in self._gone_after():
+            if root in self.stored:
+                last[root] = gone
+                returned.discard(root)
         for node in self.nodes:
             if node in self.stored or written_inputs(node):
                 for root in self.reads[node] & self.stored:
-                    last[root] = node
+                    last[root] = max(last[root], node)
         freed: dict[fx.Node, list[fx.Node]] = {}
         for root, node in last.items():
             if root not in returned:
                 freed.setdefault(node, []).append(root)
         return freed
+
+    def _gone_after(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """The owners of what is sent, each with the last node of the next segment that sends something."""
+        senders = [index for index, gradients in enumerate(self.sent) if gradients]
+        for index, following in pairwise([*senders, len(self.segments) - 1]):
+            for root in {root for gradient in self.sent[index] for root in self.roots[gradient]}:
+                yield root, self.segments[following][-1]
 
     def _overwritten(self, node: fx.Node, freed: Sequence[fx.Node]) -> fx.Node | None:
         """The value that is read for the last time by the kernel of ``node``, which writes its result over it.

@@ -35,7 +35,7 @@ GATHERED = 0.55
 """Part of the link's rate that a kernel reaches which gathers rows over it. Measured on an H100 with rows of 8 KiB and
 54 GB/s: 30 GB/s where Inductor fuses the gather, 47 where it does not."""
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Written into every JSON text; ``Plan.from_json`` refuses any other."""
 
 
@@ -95,6 +95,7 @@ class Step:
         activations_bytes: most that inputs, outputs, intermediates and what later steps still need take at once while
             the segment runs; 0 where nothing is known.
         gathers: pages of which it reads only some rows (embedding tables), each with the bytes of those rows.
+        gradients_bytes: what it makes of weights' gradients that leave for host memory behind it.
     """
 
     segment: str
@@ -103,6 +104,7 @@ class Step:
     compute_us: float = 0.0
     activations_bytes: int = 0
     gathers: tuple[tuple[int, int], ...] = ()
+    gradients_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,16 +196,17 @@ class ActionKind(enum.Enum):
     PREFETCH = "prefetch"
     LOAD = "load"
     RUN = "run"
+    SEND = "send"
     EVICT = "evict"
 
 
 @dataclass(frozen=True)
 class Action:
-    """One line of the schedule. ``interval`` indexes ``Plan.intervals`` (None for `RUN`).
+    """One line of the schedule. ``interval`` indexes ``Plan.intervals`` (None for `RUN` and `SEND`).
 
-    ``step`` is the step before which a prefetch or load happens, that runs, or after which an eviction happens; the
-    number of steps for what follows the last one. ``ahead`` is 1 for a prefetch on behalf of the next iteration, else
-    0.
+    ``step`` is the step before which a prefetch or load happens, that runs, or after which gradients are sent or a page
+    is evicted; the number of steps for what follows the last one. ``ahead`` is 1 for a prefetch on behalf of the next
+    iteration, else 0.
     """
 
     kind: ActionKind
@@ -236,6 +239,7 @@ class Plan:
         other_bytes: what the process held on the device beside all these when the plan was made.
         mapped: indices of the pages that are read in place, over the link, by the steps that gather rows of them; for
             other steps that read them they are streamed.
+        backward_step: first step of the backward graph in a plan for training; None where there is only one graph.
     """
 
     device: str
@@ -256,6 +260,7 @@ class Plan:
     workspace_bytes: int = 0
     other_bytes: int = 0
     mapped: tuple[int, ...] = ()
+    backward_step: int | None = None
 
     def tradeoff(self) -> tuple[TradeoffPoint, ...]:
         """The whole curve of memory against time for this graph, each point with its plan; from the smallest up.
@@ -297,6 +302,16 @@ class Plan:
     def bytes_moved(self) -> int:
         """Host-to-device bytes of weights per iteration, once the schedule has warmed up."""
         return sum(self.pages[interval.page].nbytes for interval in self.intervals)
+
+    @property
+    def gradients_bytes(self) -> int:
+        """Device-to-host bytes of weights' gradients per iteration."""
+        return sum(step.gradients_bytes for step in self.steps)
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether anything moves at all."""
+        return bool(self.intervals) or self.gradients_bytes > 0
 
     @property
     def weights_bytes(self) -> int:
@@ -378,33 +393,57 @@ class Plan:
             return _symbol("residents") * sizes_bytes.pop()
         return sympy.Integer(self.residents_bytes)
 
-    def load_step(self, interval: Interval) -> int:
-        """First step that needs the interval's page, or -1 where none does."""
-        first, last = max(interval.start_step, 0), min(interval.end_step, len(self.steps))
+    @property
+    def graphs(self) -> tuple[range, ...]:
+        """The steps of each graph: one of all steps, or in training those of forward and those of backward."""
+        if self.backward_step is None:
+            return (range(len(self.steps)),)
+        return range(self.backward_step), range(self.backward_step, len(self.steps))
+
+    def load_step(self, interval: Interval, steps: range | None = None) -> int:
+        """First of the steps (by default of all) that needs the interval's page during its stay; -1 where none does."""
+        within = range(len(self.steps)) if steps is None else steps
+        first, last = max(interval.start_step, within.start), min(interval.end_step, within.stop)
         return next((step for step in range(first, last) if interval.page in self.needs(step)), -1)
 
-    def actions(self) -> Iterator[Action]:
+    def actions(self, steps: range | None = None) -> Iterator[Action]:
         """One iteration, line by line.
 
-        At each position the order is: evict what the step before used last, prefetch, load, run. Copies that the
-        iteration before should have started are asked for again at the start: a prefetch is a hint, and costs
-        nothing where the copy is already there (design.md, decision 6).
+        At each position the order is: send the gradients that the step before made, evict what it used last, prefetch,
+        load, run. Copies that should have been started before are asked for again at the start of each graph, by the
+        iteration before or in training by the forward graph: a prefetch is a hint, and costs nothing where the copy is
+        already there (design.md, decision 6).
+
+        Args:
+            steps: of one of the `graphs`; None: all of them, one behind the other.
         """
+        for each in self.graphs if steps is None else (steps,):
+            yield from self._actions_of(each)
+
+    def _actions_of(self, steps: range) -> Iterator[Action]:
         n_steps = len(self.steps)
         evictions, prefetches, ahead, loads = (defaultdict[int, list[int]](list) for _ in range(4))
         for index, interval in enumerate(self.intervals):
-            evictions[interval.end_step].append(index)
-            prefetches[max(interval.start_step, 0)].append(index)
-            loads[self.load_step(interval)].append(index)
+            if interval.end_step <= steps.start or interval.start_step >= steps.stop:
+                continue
+            load_step, end_step = self.load_step(interval, steps), interval.end_step
+            if end_step > steps.stop and self.load_step(interval, range(steps.stop, n_steps)) < 0:
+                end_step = steps.stop  # only its batch would have kept it
+            elif load_step < 0 and steps.start > 0:
+                continue
+            prefetches[max(interval.start_step, steps.start)].append(index)
+            loads[load_step].append(index)
+            evictions[end_step].append(index)
             if self.wraps and interval.start_step <= 0:
                 ahead[n_steps + interval.start_step].append(index)
-        for step in range(n_steps):
-            yield from (Action(ActionKind.EVICT, step - 1, index) for index in evictions[step])
+        for step in steps:
             yield from (Action(ActionKind.PREFETCH, step, index) for index in prefetches[step])
             yield from (Action(ActionKind.PREFETCH, step, index, ahead=1) for index in ahead[step])
             yield from (Action(ActionKind.LOAD, step, index) for index in loads[step])
             yield Action(ActionKind.RUN, step)
-        yield from (Action(ActionKind.EVICT, n_steps - 1, index) for index in evictions[n_steps])
+            if self.steps[step].gradients_bytes:
+                yield Action(ActionKind.SEND, step)
+            yield from (Action(ActionKind.EVICT, step, index) for index in evictions[step + 1])
         yield from (Action(ActionKind.PREFETCH, n_steps, index, ahead=1) for index in ahead[n_steps])
 
     def to_json(self) -> str:

@@ -11,6 +11,11 @@ code of the graph reads as what happens, line by line:
     layers_0 = self.layers_0(pack)
     evict = evict(runtime, 0, 'layers.0')                 # the slot is free once compute gets here
 
+and, in backward,
+
+    send = send(runtime, 5, 'layers.0.backward', [g0, g1])   # start the copies of the gradients to host memory
+    finish = finish(runtime)                                 # they are there; the graph returns them
+
 The page's name is there for the reader of the graph. The nodes have side effects, so dead code elimination must not
 touch them, and none of them may enter a segment: Inductor reorders side effects (design.md, decision 3).
 """
@@ -36,6 +41,10 @@ class Runtime(Protocol):
 
     def evict(self, interval: int) -> None: ...
 
+    def send(self, step: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]: ...
+
+    def finish(self) -> None: ...
+
 
 def begin(runtime: Runtime, weights: Sequence[Tensor]) -> None:
     """An iteration starts: pick its phase, look whether weights changed. ``weights`` are the graph's own arguments."""
@@ -57,6 +66,16 @@ def evict(runtime: Runtime, interval: int, _page: str) -> None:
     runtime.evict(interval)
 
 
+def send(runtime: Runtime, step: int, _segment: str, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Start the copies of weights' gradients to host memory; returns the gradients there, which ``finish`` awaits."""
+    return runtime.send(step, gradients)
+
+
+def finish(runtime: Runtime) -> None:
+    """Make compute wait for all gradients that were sent."""
+    runtime.finish()
+
+
 def pack(*values: Any) -> list[Any]:
     """The argument list of a segment, with the tuples that loads returned spread out.
 
@@ -74,7 +93,7 @@ def pack(*values: Any) -> list[Any]:
     return flat
 
 
-TRANSFERS: tuple[Callable[..., Any], ...] = (begin, prefetch, load, evict)
+TRANSFERS: tuple[Callable[..., Any], ...] = (begin, prefetch, load, evict, send, finish)
 """The nodes that speak to the runtime."""
 
 for _op in TRANSFERS:

@@ -22,17 +22,28 @@ from spcompile.graph import is_cast, is_view
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 
-def partition(compiler: str, is_weight: Callable[[fx.Node], bool], for_cuda: bool = False) -> Partition:
+def partition(
+    compiler: str,
+    is_weight: Callable[[fx.Node], bool],
+    planned: Callable[[fx.GraphModule, fx.GraphModule], None],
+    for_cuda: bool = False,
+) -> Partition:
     """The partition function for a compiler of `spcompile.options.COMPILERS`.
 
     Args:
         compiler: what the segments are compiled with.
         is_weight: whether a placeholder carries a weight.
+        planned: is handed the forward and the backward graph.
         for_cuda: whether CPU tensors stand for those of a GPU that is not here.
     """
 
     def run(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         mark_weight_derived(joint, is_weight)
+        forward, backward = split(joint, joint_inputs, **kwargs)
+        planned(forward, backward)
+        return forward, backward
+
+    def split(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         if compiler != "inductor":
             return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
         from torch._inductor.compile_fx import partition_fn  # it lowers dropout in the joint graph first

@@ -26,14 +26,21 @@ PASSES: tuple[Pass, ...] = (
     Pass(sink_weight_views),  # views and casts of weights go to their readers, so that nothing outlives a page
     Pass(sink_mutations),  # updates of inputs go beside their producers, so that caches are written in place
     Pass(find_layers),  # every node learns its layer
-    Pass(make_schedule),  # segments, pages, slots and intervals: the plan
+    Pass(make_schedule, together=True),  # segments, pages, slots and intervals: the plan
     Pass(split_segments),  # the outer graph calls one module per segment
     Pass(insert_transfers),  # prefetch, load and evict, as the plan says
 )
 
 
+N_PLANNING = 1 + [each.run for each in PASSES].index(make_schedule)
+
+PLANNING, REWRITING = PASSES[:N_PLANNING], PASSES[N_PLANNING:]
+"""The passes up to the plan, and those that carry it out. In training the plan is made of both graphs as soon as there
+are two, and each is rewritten when it is compiled: backward at the first ``.backward()``."""
+
+
 def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
-    """Run the passes in order.
+    """Run the passes in order. Up to the plan, also on the graph that is planned together with this one.
 
     Raises:
         OptionError: the plan that was asked for is impossible.
@@ -41,13 +48,18 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
     """
     for each in passes:
         planned_before = program.plan is not None
-        each.run(program)
-        logger.debug("after %s:\n%s", each.name, program.graph)
+        graphs = (program,) if planned_before else program.graphs
+        for graph in graphs[:1] if each.together else graphs:
+            each.run(graph)
+        for graph in graphs:
+            logger.debug("after %s:\n%s", each.name, graph.graph)
         if not program.options.verify:
             continue
         if program.plan is not None and not planned_before:
             violations = verify_plan(program.plan, program.options.budget)
             if violations:  # the text of a plan takes as long as checking it
                 raise_if_any("the plan", format_plan(program.plan).splitlines(), violations)
-        names = {name: source.weight.name for name, source in program.weights.items()}
-        check_graph(program.module, program.plan, names, after=each.name, final=each is PASSES[-1])
+        for graph in graphs:
+            names = {name: source.weight.name for name, source in graph.weights.items()}
+            steps = graph.steps() if graph.plan is not None else None
+            check_graph(graph.module, graph.plan, names, steps=steps, after=each.name, final=each is PASSES[-1])

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from spcompile.absent import ABSENT_GPU_BYTES, is_absent, rehome_for_absent_gpu, stand_in_inputs, stand_ins
-from spcompile.capture import Capture, storage_weights
+from spcompile.capture import Capture, Kind, storage_weights
 from spcompile.errors import OptionError
 from spcompile.ir import Plan, Plans
 from spcompile.options import Options, parse_options
 from spcompile.passes.base import Program
-from spcompile.passes.make_schedule import make_schedule
-from spcompile.pipeline import PASSES, run_passes
+from spcompile.pipeline import PLANNING, run_passes
 from spcompile.rehome import ambient_autocast, rehome_examples, rehome_graph
 from spcompile.runtime.host import compute_device
 from spcompile.runtime.store import PageStore, find_store
@@ -35,8 +34,6 @@ from spcompile.runtime.weights import storage_key
 from spcompile.text import format_bytes
 
 logger = logging.getLogger(__name__)
-
-PLANNING_PASSES = PASSES[: 1 + [each.run for each in PASSES].index(make_schedule)]
 
 
 class _Stop(BaseException):
@@ -59,7 +56,7 @@ def plan(
     """The plan of a model.
 
     Plans what a call at this place would compile: inside ``torch.no_grad()`` the inference graph, outside it, where
-    parameters require gradients, the forward graph of training.
+    parameters require gradients, forward and backward of training, in one plan.
 
     The model may be on the meta device, and its inputs too: then it must be one graph. With ``device="cuda"`` on a
     machine without CUDA the plan is for one GPU of 80 GB, and autocast around the call must be that of the CPU
@@ -134,7 +131,8 @@ def _plans_in_force(model: nn.Module, options: Options | None) -> Plan | Plans:
     runtimes = [each for each in runtimes if options is None or each.compiled_with == options]
     if not runtimes:
         raise OptionError("no plan is in force: run the compiled model once, or give example inputs as args and kwargs")
-    return _one_or_all([runtime.plan for runtime in runtimes])
+    plans = {id(runtime.plan): runtime.plan for runtime in runtimes}  # forward and backward share one
+    return _one_or_all(list(plans.values()))
 
 
 def _one_or_all(plans: Sequence[Plan]) -> Plan | Plans:
@@ -206,17 +204,21 @@ class _Planner:
         else:
             capture = Capture(gm, example_inputs, self.options, store.weight_of, store.model_weights(), traced_inputs)
 
-        def compile_graph(module: fx.GraphModule, wraps: bool) -> Callable[..., Any]:
+        def plan_graph(module: fx.GraphModule, backward: fx.GraphModule | None = None) -> None:
             free_bytes = _absent_bytes(device) if is_absent(device) else None
-            program = capture.program(module, device=device, wraps=wraps, store=store, free_bytes=free_bytes)
-            run_passes(program, PLANNING_PASSES)
+            program = capture.program(module, device=device, store=store, backward=backward, free_bytes=free_bytes)
+            run_passes(program, PLANNING)
             self.programs.append(program)
             if self.whole:
                 raise _Stop
+
+        def compile_graph(module: fx.GraphModule, kind: Kind) -> Callable[..., Any]:
+            if kind is Kind.INFERENCE:
+                plan_graph(module)
             return _not_run
 
         with context:
-            capture.trace(compile_graph)
+            capture.trace(compile_graph, plan_graph)
         return piece.forward
 
     def _device(self, store: PageStore | None, tensors: Sequence[Tensor]) -> torch.device:

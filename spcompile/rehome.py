@@ -32,8 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from spcompile.runtime.compiled_graph import CompiledGraph, FindStore
 from spcompile.runtime.store import PageStore
-from spcompile.runtime.transfers import WeightView
-from spcompile.runtime.weights import real_tensors, storage_key, tag_of
+from spcompile.runtime.weights import WeightView, real_tensors, storage_key, tag_of
 
 HOST = torch.device("cpu")
 

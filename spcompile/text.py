@@ -94,6 +94,8 @@ def _header(plan: Plan) -> _Lines:
     yield f"Plan for {_fit(plan.device, NAME_COLUMNS)}: {', '.join(counts)}", [("header", None)]
     ahead = "the end of an iteration prefetches for the next one" if plan.wraps else "no prefetch across iterations"
     yield f"k = {plan.k}, m = {plan.m}, period {plan.period}, {ahead}", []
+    if plan.backward_step is not None:
+        yield f"training: forward is steps 0 to {plan.backward_step - 1}, backward what follows", []
     yield "", []
     residents = _sum_pages_bytes(plan, plan.residents)
     leftovers = sum(weight.nbytes for weight in plan.leftovers)
@@ -113,6 +115,11 @@ def _header(plan: Plan) -> _Lines:
         ("peak bytes", peak + beside, all_else),
         ("bytes moved", moved, f"per iteration, {_count(len(plan.intervals), 'copy', 'copies')}"),
     ]
+    if plan.gradients_bytes:
+        n_sends = sum(step.gradients_bytes > 0 for step in plan.steps)
+        rows.append(
+            ("gradients", plan.gradients_bytes, f"per iteration to host memory, from {_count(n_sends, 'step')}")
+        )
     if plan.mapped:
         in_place = sum(plan.gathered_bytes(step) for step in range(len(plan.steps)))
         rows.append(("read in place", in_place, f"per iteration, rows of {_count(len(plan.mapped), 'mapped page')}"))
@@ -302,7 +309,8 @@ def _schedule(plan: Plan) -> _Lines:
     yield f"  {'step':>5}  {'action':<8}  {'#':>4}  {'page or segment':<{columns}}  slot", []
     for action in plan.actions():
         if action.interval is None:
-            yield _run_line(plan, action, columns), [("step", action.step)]
+            line_of = _send_line if action.kind is ActionKind.SEND else _run_line
+            yield line_of(plan, action, columns), [("step", action.step)]
             continue
         interval = plan.intervals[action.interval]
         name = f"{f'#{interval.page}':>4}  {_fit(_page_name(plan, interval.page), columns):<{columns}}"
@@ -321,9 +329,17 @@ def _run_line(plan: Plan, action: Action, columns: int) -> str:
     return line + _fit_list(reads, WIDTH - len(line), start="reads ")
 
 
+def _send_line(plan: Plan, action: Action, columns: int) -> str:
+    step = plan.steps[action.step]
+    line = f"  {action.step:>5}  {action.kind.value:<8}        {_fit(step.segment, columns):<{columns}}  "
+    return f"{line}gradients, {format_bytes(step.gradients_bytes)}"
+
+
 def _note(plan: Plan, action: Action, interval: Interval) -> str:
     if action.ahead:
         return "for the next iteration"
+    if action.kind is not ActionKind.EVICT and action.step == plan.backward_step and interval.start_step < action.step:
+        return "kept since forward, or on its way"
     if action.kind is ActionKind.PREFETCH and plan.wraps and interval.start_step <= 0:
         return "when cold"  # warm, the iteration before has started it and the hint costs nothing
     if action.kind is ActionKind.LOAD:

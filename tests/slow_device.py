@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spcompile.runtime.emulated import _Compute
-from spcompile.runtime.streams import POISON, CudaStreams, EmulatedEvent, EmulatedStreams
+from spcompile.runtime.streams import POISON, CudaStreams, Deferred, EmulatedEvent, EmulatedStreams
 from spcompile.runtime.transfers import Transfers
 from tests.running import Event
 
@@ -213,7 +213,8 @@ class SlowStreams(EmulatedStreams):
         self._compute.queue.append(_Job(_nothing, 0.0, lambda _, now_us: event.finish(now_us)))
         return event
 
-    def freed(self, memory: Tensor) -> None:
+    def freed(self, memory: Tensor | Deferred) -> None:
+        assert isinstance(memory, Tensor)  # inference has no gradients
         event = SlowEvent(self._n_queued)
         self._freed.append((_addresses(memory), event))
         self._compute.queue.append(_Job(lambda: _fill(memory), 0.0, lambda _, now_us: event.finish(now_us)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import _BoxedCodeGen
 
-from spcompile.ir import Plan
 from spcompile.runtime.emulated import run_emulated
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.streams import EmulatedStreams
-from spcompile.runtime.transfers import InPlace, Transfers, WeightView
+from spcompile.runtime.transfers import InPlace, Layout, Transfers
 from spcompile.runtime.weights import TAG, tag_of
 
 logger = logging.getLogger(__name__)
@@ -37,8 +36,7 @@ class CompiledGraph:
 
     Args:
         module: the outer graph; its attribute ``runtime`` is set to whatever the call works with.
-        plan: its plan.
-        page_inputs: see `Transfers`.
+        layout: see `Transfers`.
         weight_places: which arguments are weights.
         store: the page store that it was compiled for.
         find_store: see `FindStore`.
@@ -48,8 +46,7 @@ class CompiledGraph:
     def __init__(
         self,
         module: fx.GraphModule,
-        plan: Plan,
-        page_inputs: Mapping[int, Sequence[WeightView]],
+        layout: Layout,
         weight_places: Sequence[int],
         store: PageStore,
         find_store: FindStore,
@@ -57,8 +54,8 @@ class CompiledGraph:
     ) -> None:
         self._boxed_call = True  # of the instance: torch copies its attributes to a wrapper, and not those of the class
         self.module = module
-        self.plan = plan
-        self.page_inputs = page_inputs
+        self.layout = layout
+        self.plan = layout.plan
         self.weight_places = tuple(weight_places)
         self.find_store = find_store
         self.compiled_with = compiled_with
@@ -81,7 +78,7 @@ class CompiledGraph:
                 return self.module.forward(args)
             with store.lock:
                 streams = store.arena.streams
-                if isinstance(runtime, Transfers) and isinstance(streams, EmulatedStreams) and self.plan.intervals:
+                if isinstance(runtime, Transfers) and isinstance(streams, EmulatedStreams) and self.plan.has_transfers:
                     return run_emulated(self.module, runtime, streams, args)
                 return self.module.forward(args)
 
@@ -104,7 +101,7 @@ class CompiledGraph:
         if held is not None:
             self.select(held.store)
         elif current is None:
-            self._use(InPlace(self.page_inputs, self.plan))
+            self._use(InPlace(self.layout))
 
     def _take_in(self, args: Sequence[Any]) -> None:
         store = self.find_store([args[place] for place in self.weight_places])
@@ -115,7 +112,7 @@ class CompiledGraph:
         if store in self.runtimes:
             return self.runtimes[store]
         if (store.device, store.rehomed) != (self.device, self.is_rehomed) or not store.fits(self.plan):
-            return InPlace(self.page_inputs, self.plan)
+            return InPlace(self.layout)
         runtime = self._add(store)
         with store.lock:
             store.place(self.plan)
@@ -123,7 +120,7 @@ class CompiledGraph:
 
     def _add(self, store: PageStore) -> Transfers:
         store.add_pages(self.plan.pages)
-        runtime = self.runtimes[store] = Transfers(self.plan, store, self.page_inputs, self.compiled_with)
+        runtime = self.runtimes[store] = Transfers(self.layout, store, self.compiled_with)
         return runtime
 
     def _use(self, runtime: Transfers | InPlace) -> None:

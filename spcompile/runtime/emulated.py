@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from spcompile import ops
-from spcompile.runtime.streams import EmulatedStreams
+from spcompile.runtime.streams import Deferred, EmulatedStreams
 from spcompile.runtime.transfers import Transfers
 
 
@@ -30,6 +30,8 @@ def run_emulated(module: fx.GraphModule, runtime: Transfers, streams: EmulatedSt
             values[node] = next(arguments)
         elif node.op == "get_attr":
             values[node] = operator.attrgetter(str(node.target))(module)
+        elif ops.is_op(node, ops.send):
+            values[node] = _send(node, values, runtime, streams, last_use.get(node, ()))
         elif node.op == "call_function" and node.target in ops.TRANSFERS:
             values[node] = _call(module, node, values)
         elif node.op != "output":
@@ -39,6 +41,28 @@ def run_emulated(module: fx.GraphModule, runtime: Transfers, streams: EmulatedSt
     streams.drain()
     output = module.graph.output_node()
     return fx.map_arg(output.args[0], values.__getitem__)
+
+
+def _send(
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    runtime: Transfers,
+    streams: EmulatedStreams,
+    dying: Sequence[fx.Node],
+) -> tuple[Tensor, ...]:
+    """What compute has yet to make is sent as a promise, which compute keeps when it gets here."""
+    gradients = node.args[3]
+    assert isinstance(gradients, (list, tuple))
+    promised = [Deferred() for _ in gradients]
+
+    def keep() -> None:
+        for promise, gradient in zip(promised, gradients, strict=True):
+            promise.tensor = values[gradient]
+        for each in dying:
+            del values[each]
+
+    streams.run(keep)
+    return runtime.send(node.args[1], promised)  # type: ignore[arg-type]
 
 
 class _Compute:

@@ -268,6 +268,11 @@ class HostBlock:
             if source.device.type != "cpu":
                 self.host(offset_bytes, source.numel()).copy_(source)
 
+    def touch(self) -> None:
+        """Write zeros to the whole block, which gives it its memory."""
+        starts = range(0, self.nbytes, TOUCH_BYTES)
+        _in_threads([(self.mapping.pointer + start, None, min(TOUCH_BYTES, self.nbytes - start)) for start in starts])
+
     def register(self) -> None:
         """Pin the block, which should have been touched before: that is faster. Nothing on the emulated device.
 

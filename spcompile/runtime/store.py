@@ -37,6 +37,7 @@ from torch.utils.weak import TensorWeakRef
 from spcompile.errors import OffloadError
 from spcompile.ir import Page, Plan, Weight
 from spcompile.runtime.arena import Arena
+from spcompile.runtime.gradients import GradientMemory
 from spcompile.runtime.host import HostBlock, lay_out_blocks
 from spcompile.runtime.streams import CudaStreams, EmulatedStreams, Streams
 from spcompile.runtime.weights import (
@@ -67,6 +68,7 @@ class PageStore:
         generation: goes up when copies may be stale although no tensor's version says so.
         pages: pages of all graphs so far; a weight never changes its page.
         arena: where streamed pages have their slots.
+        gradients: host memory for what backward sends down.
         segments: compiled segments by key.
         lock: held while an iteration is issued or weights are moved: two threads take turns.
         latest: the runtime of the graph that ran last, and what its pages were bound to (see ``transfers.py``).
@@ -84,6 +86,7 @@ class PageStore:
         self.pages: list[Page] = []
         streams: Streams = CudaStreams(device) if device.type == "cuda" else EmulatedStreams()
         self.arena = Arena(device, streams)
+        self.gradients = GradientMemory(device)
         self.segments: dict[str, torch.nn.Module] = {}
         self.lock = threading.RLock()
         self.latest: tuple[weakref.ref[Any], tuple[tuple[int, str], ...]] | None = None

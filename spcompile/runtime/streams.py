@@ -10,9 +10,16 @@
        slot makes the side stream wait for it. Without it the copy overwrites weights that a segment still reads: the
        host runs far ahead of the GPU, so program order protects nothing.
 
-    Copies are issued on one side stream, so they do not overtake each other. The compute stream is whatever stream is
-    current at the moment of each call, never one remembered from before. ``record_stream`` is not used: slots are never
-    given back to the allocator while a plan lives.
+    Gradients go the other way, on a stream of their own, as the link carries both directions at once:
+
+    3. *The copy waits for the gradient.* A send makes the down stream wait for the event recorded behind the segment
+       that made the gradient.
+    4. *Compute waits for the copy* before the gradient's memory on the device is used for something else, and before
+       anybody reads the gradient in host memory.
+
+    Copies one way are issued on one stream, so they do not overtake each other. The compute stream is whatever stream
+    is current at the moment of each call, never one remembered from before. ``record_stream`` is not used: slots are
+    never given back to the allocator while a plan lives, and gradients only once compute waits for their copies.
 
 The **emulated device** has the CPU stand in for the GPU. Work is queued, not done: compute in one queue, copies in
 the other, exactly like a GPU whose host runs ahead by a whole iteration. `EmulatedStreams.drain` then executes the
@@ -36,13 +43,20 @@ POISON = 0xFF
 
 
 class Streams(Protocol):
-    """What the runtime asks of a device. "side" is the copy stream, "compute" the current stream of the caller."""
+    """What the runtime asks of a device. "side" is the stream of copies to the device, "down" that of copies from it,
+    "compute" the current stream of the caller."""
 
     def side_wait(self, event: Any) -> None: ...
 
     def side_copy(self, target: Tensor, source: Tensor) -> None: ...
 
     def side_record(self) -> Any: ...
+
+    def down_wait(self, event: Any) -> None: ...
+
+    def down_copy(self, target: Tensor, source: Tensor) -> None: ...
+
+    def down_record(self) -> Any: ...
 
     def compute_wait(self, event: Any) -> None: ...
 
@@ -61,6 +75,7 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.down: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def side_wait(self, event: torch.cuda.Event) -> None:
         self.side.wait_event(event)
@@ -71,6 +86,16 @@ class CudaStreams:
 
     def side_record(self) -> Any:
         return self.side.record_event()
+
+    def down_wait(self, event: torch.cuda.Event) -> None:
+        self.down.wait_event(event)
+
+    def down_copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self.down), torch.no_grad():
+            target.copy_(source, non_blocking=True)
+
+    def down_record(self) -> Any:
+        return self.down.record_event()
 
     def compute_wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
@@ -83,16 +108,18 @@ class CudaStreams:
 
     def synchronize(self) -> None:
         self.side.synchronize()
+        self.down.synchronize()
 
     def close(self) -> None:
         """Wait for what is on its way: the memory that it reads and writes is about to go."""
-        self.side.synchronize()
+        self.synchronize()
 
 
 class EmulatedEvent:
-    """An event of the emulated device: not yet, or done."""
+    """An event of the emulated device: not yet, or done. ``queue`` is that of the copies it stands behind, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue: _Copies | None = None) -> None:
+        self.queue = queue
         self.done = False
 
 
@@ -106,8 +133,51 @@ class _Record:
         self.event.done = True
 
 
+class Deferred:
+    """A tensor that queued compute has not made yet."""
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+
+class _Copies:
+    """The queue of one copy stream: work, or an event to wait for, each with whether it runs early."""
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[Callable[[], None] | EmulatedEvent, bool]] = deque()
+
+    def wait(self, event: EmulatedEvent) -> None:
+        self.queue.append((event, True))
+
+    def add(self, work: Callable[[], None], *, early: bool) -> None:
+        self.queue.append((work, early))
+
+    def record(self) -> EmulatedEvent:
+        event = EmulatedEvent(self)
+        self.queue.append((lambda: setattr(event, "done", True), True))
+        return event
+
+    def run_early(self) -> None:
+        while self.queue:
+            work, early = self.queue[0]
+            if not early or (isinstance(work, EmulatedEvent) and not work.done):
+                return
+            self.advance()
+
+    def advance(self) -> None:
+        if not self.queue:
+            raise RuntimeError("emulated device: compute waits for a copy that was never issued")
+        work, _ = self.queue[0]
+        if isinstance(work, EmulatedEvent):
+            if not work.done:
+                raise RuntimeError("emulated device: compute and copies wait for each other")
+        else:
+            work()
+        self.queue.popleft()
+
+
 class EmulatedStreams:
-    """Two queues and the seeded scheduler that drains them.
+    """Three queues and the seeded scheduler that drains them.
 
     Args:
         seed: decides for each copy whether it runs as early or as late as its waits allow.
@@ -116,18 +186,26 @@ class EmulatedStreams:
     def __init__(self, seed: int = 0) -> None:
         self.random = random.Random(seed)
         self.compute: deque[Callable[[], None] | EmulatedEvent] = deque()
-        self.side: deque[tuple[Callable[[], None] | EmulatedEvent, bool]] = deque()
+        self.side = _Copies()
+        self.down = _Copies()
 
     def side_wait(self, event: EmulatedEvent) -> None:
-        self.side.append((event, True))
+        self.side.wait(event)
 
     def side_copy(self, target: Tensor, source: Tensor) -> None:
-        self.side.append((lambda: _copy(target, source), self.random.random() < 0.5))
+        self.side.add(lambda: _copy(target, source), early=self.random.random() < 0.5)
 
     def side_record(self) -> EmulatedEvent:
-        event = EmulatedEvent()
-        self.side.append((lambda: setattr(event, "done", True), True))
-        return event
+        return self.side.record()
+
+    def down_wait(self, event: EmulatedEvent) -> None:
+        self.down.wait(event)
+
+    def down_copy(self, target: Tensor, source: Tensor | Deferred) -> None:
+        self.down.add(lambda: _copy(target, source), early=self.random.random() < 0.5)
+
+    def down_record(self) -> EmulatedEvent:
+        return self.down.record()
 
     def compute_wait(self, event: EmulatedEvent) -> None:
         self.compute.append(event)
@@ -137,8 +215,8 @@ class EmulatedStreams:
         self.compute.append(record)
         return record.event
 
-    def freed(self, memory: Tensor) -> None:
-        self.compute.append(lambda: _fill(memory))
+    def freed(self, memory: Tensor | Deferred) -> None:
+        self.compute.append(lambda: _free(memory))
 
     def run(self, work: Callable[[], None]) -> None:
         """Queue a piece of compute."""
@@ -163,13 +241,15 @@ class EmulatedStreams:
     def synchronize(self) -> None:
         """Execute everything that is queued."""
         self.drain()
-        while self.side:
-            self._advance_side()
+        for copies in (self.side, self.down):
+            while copies.queue:
+                copies.advance()
 
     def close(self) -> None:
         """Forget what is queued. A model may die while another one is being traced, and what runs then is traced."""
         self.compute.clear()
-        self.side.clear()
+        self.side.queue.clear()
+        self.down.queue.clear()
 
     def _step(self) -> None:
         head = self.compute[0]
@@ -178,43 +258,47 @@ class EmulatedStreams:
             head()
             return
         while not head.done:
-            self._advance_side()
+            if head.queue is None:
+                raise RuntimeError("emulated device: compute waits for itself")
+            head.queue.advance()
         self.compute.popleft()
 
     def _run_early_copies(self) -> None:
-        while self.side:
-            work, early = self.side[0]
-            if not early or (isinstance(work, EmulatedEvent) and not work.done):
-                return
-            self._advance_side()
-
-    def _advance_side(self) -> None:
-        if not self.side:
-            raise RuntimeError("emulated device: compute waits for a copy that was never issued")
-        work, _ = self.side[0]
-        if isinstance(work, EmulatedEvent):
-            if not work.done:
-                raise RuntimeError("emulated device: compute and copies wait for each other")
-        else:
-            work()
-        self.side.popleft()
+        self.side.run_early()
+        self.down.run_early()
 
     def _abandon(self) -> None:
         """Drop queued compute; what it would have recorded is done, as nothing of it will run any more.
 
-        Copies stay as they are: those still on their way are waited for by whoever reads them next.
+        Copies to the device stay as they are: those still on their way are waited for by whoever reads them next. There
+        is no gradient to copy from it.
         """
         for work in self.compute:
             if isinstance(work, _Record):
                 work()
         self.compute.clear()
+        self.down.queue.clear()
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
+def _copy(target: Tensor, source: Tensor | Deferred) -> None:
+    tensor = source.tensor if isinstance(source, Deferred) else source
+    if tensor is None:
+        raise RuntimeError("emulated device: a gradient is copied before it is computed")
     with torch.no_grad():
-        target.copy_(source)
+        target.copy_(tensor)
+
+
+def _free(memory: Tensor | Deferred) -> None:
+    """Poison memory; that of a gradient only where nobody else has it."""
+    if not isinstance(memory, Deferred):
+        _fill(memory)
+        return
+    tensor, memory.tensor = memory.tensor, None
+    storage: Any = tensor.untyped_storage() if tensor is not None else None
+    if tensor is not None and torch._C._storage_Use_Count(storage._cdata) == 2:  # the two variables above
+        _fill(tensor)
 
 
 def _fill(memory: Tensor) -> None:
     with torch.no_grad():
-        memory.fill_(POISON)
+        memory.view(torch.uint8).fill_(POISON)

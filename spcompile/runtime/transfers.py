@@ -13,6 +13,10 @@ An iteration:
 * ``prefetch`` and ``load`` differ in one thing: a load waits. Both start the copy only if the slot does not hold, or
   is not receiving, the wanted page in its current version.
 * ``evict`` marks the slot as free from here on.
+* ``send`` copies gradients down, ``finish`` awaits the last of them.
+
+In training forward and backward are two graphs with one plan. What forward leaves on the device for backward is found
+there if nothing else ran in between; if something did, backward's own prefetches and loads bring it again.
 
 At the end of an iteration the plan prefetches for the next one. That is often another graph of the model: the rest of
 it behind a graph break, the next token after the prompt. Each graph remembers which one came after it last time, and
@@ -26,7 +30,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +39,7 @@ from torch import Tensor
 from spcompile.ir import Interval, Page, Plan, Weight
 from spcompile.runtime.arena import Arena, Tenant
 from spcompile.runtime.store import PageStore
+from spcompile.runtime.weights import WeightView
 
 logger = logging.getLogger(__name__)
 
@@ -43,46 +48,45 @@ Binding = tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True)
-class WeightView:
-    """How a placeholder looks at its weight: the storage's name, and size, stride and offset in elements."""
+class Layout:
+    """What the runtime knows of one graph.
 
-    weight: str
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    storage_offset: int
+    Attributes:
+        plan: that of the graph, or of the two graphs of training.
+        steps: which of its steps the graph runs.
+        page_inputs: per streamed page, how the graph looks at its weights, in the order of the tuple that load returns.
+        gradients: per step that sends gradients, the parameters that they belong to, in the order of the send.
+    """
 
-    def of(self, memory: Tensor) -> Tensor:
-        """The view on another copy of the storage. ``memory``: uint8 ``[bytes of the storage]``."""
-        whole = memory.numel() - memory.numel() % self.dtype.itemsize
-        typed = memory[:whole].view(self.dtype)
-        return typed.as_strided(self.size, self.stride, typed.storage_offset() + self.storage_offset)
+    plan: Plan
+    steps: range
+    page_inputs: Mapping[int, tuple[WeightView, ...]]
+    gradients: Mapping[int, tuple[WeightView, ...]] = field(default_factory=dict)
+
+    @property
+    def is_backward(self) -> bool:
+        return self.steps.start == self.plan.backward_step
 
 
 class Transfers(torch.nn.Module):
     """The runtime attribute of an outer graph.
 
     Args:
-        plan: the plan of this graph.
+        layout: what there is to know of this graph.
         store: where the weights live.
-        page_inputs: per streamed page, how the graph looks at its weights, in the order of the tuple that load returns.
         compiled_with: the options of the graph; they tell those of two torch.compile calls for one model apart.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        store: PageStore,
-        page_inputs: Mapping[int, Sequence[WeightView]],
-        compiled_with: Hashable = None,
-    ) -> None:
+    def __init__(self, layout: Layout, store: PageStore, compiled_with: Hashable = None) -> None:
         super().__init__()
         self.compiled_with = compiled_with
-        self.plan = plan
-        self.page_inputs = {page: tuple(views) for page, views in page_inputs.items()}
+        self.layout = layout
+        self.plan = plan = layout.plan
+        self.page_inputs = layout.page_inputs
         self.phase = plan.period - 1  # so that the first iteration has phase 0
         self._phase_ahead = 0
         self.bytes_moved = 0
+        self.bytes_sent = 0
         self._store = weakref.ref(store)
         store.add_runtime(self)
         self._pages = plan.pages  # or others, of the same sizes, that an iteration is bound to
@@ -90,11 +94,13 @@ class Transfers(torch.nn.Module):
         self._is_shared = False
         self._next: dict[Binding, tuple[weakref.ref[Transfers], tuple[Page, ...]]] = {}
         self._n_ahead = 0
-        self._heads = [index for index, interval in enumerate(plan.intervals) if interval.start_step <= 0]
+        starts = () if layout.is_backward else enumerate(plan.intervals)
+        self._heads = [index for index, interval in starts if interval.start_step <= 0]
         self._began: Any = None
         self._foreign: dict[int, dict[int, Tensor]] = {}
         self._versions: dict[int, Hashable] = {}
         self._held: dict[int, Tenant] = {}
+        self._sent: tuple[Any, Sequence[Tensor]] | None = None
 
     @property
     def store(self) -> PageStore:
@@ -112,8 +118,10 @@ class Transfers(torch.nn.Module):
         store = self.store
         arena = store.arena
         arena.reserve(self.plan.arena_bytes)
-        arena.release_all()
+        if not self._continues(store):
+            arena.release_all()
         self._held.clear()
+        self._sent = None
         self._began = arena.streams.compute_record()
         self._bind(store, weights)
         self._versions = {
@@ -122,6 +130,15 @@ class Transfers(torch.nn.Module):
         self.phase = self._fitting_phase(arena)
         self._remember_order(store)
         self.note("begin", self.phase)
+
+    def _continues(self, store: PageStore) -> bool:
+        """Whether the graph before this one was the forward of this backward: what it left held is for this one."""
+        before = store.latest[0]() if store.latest is not None else None
+        return self.layout.is_backward and before is not None and before.is_forward_of(self.plan)
+
+    def is_forward_of(self, plan: Plan) -> bool:
+        """Whether this is the forward graph of that plan for training."""
+        return self.plan is plan and not self.layout.is_backward
 
     def prefetch(self, interval: int, ahead: int) -> None:
         """See `spcompile.ops.prefetch`."""
@@ -181,6 +198,37 @@ class Transfers(torch.nn.Module):
         tenant.released = arena.streams.compute_record()
         tenant.held = False
         self.note("evict", tenant.page, self.plan.intervals[interval].slots[self.phase])
+
+    def send(self, step: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """See `spcompile.ops.send`. At most the gradients of two sends are on the device: those before are awaited."""
+        store = self.store
+        streams = store.arena.streams
+        self._await_sent()
+        buffers = store.gradients.take(self.layout.gradients[step])
+        for buffer in buffers:
+            streams.freed(buffer.memory)
+        streams.down_wait(streams.compute_record())
+        for buffer, gradient in zip(buffers, gradients, strict=True):
+            streams.down_copy(buffer.on_host(), gradient)
+            self.bytes_sent += buffer.memory.numel()
+        self._sent = streams.down_record(), gradients
+        self.note("send", step)
+        return tuple(buffer.on_device() for buffer in buffers)
+
+    def finish(self) -> None:
+        """See `spcompile.ops.finish`."""
+        self._await_sent()
+
+    def _await_sent(self) -> None:
+        """Make compute wait for the last send, and let go of its gradients: their memory is the allocator's again."""
+        if self._sent is None:
+            return
+        event, gradients = self._sent
+        streams = self.store.arena.streams
+        streams.compute_wait(event)
+        for gradient in gradients:
+            streams.freed(gradient)
+        self._sent = None
 
     def _is_foreign(self, index: int) -> bool:
         """Whether nothing of an interval's page is used in this iteration: all its arguments lie elsewhere."""
@@ -325,10 +373,10 @@ class Transfers(torch.nn.Module):
 class InPlace(torch.nn.Module):
     """A runtime without a page store: a load returns the graph's own arguments, and nothing moves."""
 
-    def __init__(self, page_inputs: Mapping[int, Sequence[WeightView]], plan: Plan) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.page_inputs = page_inputs
-        self.plan = plan
+        self.page_inputs = layout.page_inputs
+        self.plan = layout.plan
         self._weights: dict[int, tuple[Tensor, ...]] = {}
 
     def live_store(self) -> None:
@@ -347,4 +395,11 @@ class InPlace(torch.nn.Module):
         return self._weights[self.plan.intervals[interval].page]
 
     def evict(self, interval: int) -> None:
+        """Nothing."""
+
+    def send(self, step: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:  # noqa: ARG002  # of the protocol
+        """See `spcompile.ops.send`: they stay where they are."""
+        return tuple(gradients)
+
+    def finish(self) -> None:
         """Nothing."""

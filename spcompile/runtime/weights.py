@@ -46,6 +46,23 @@ class Tag:
         return OrderedDict, ()
 
 
+@dataclass(frozen=True)
+class WeightView:
+    """How a placeholder looks at its weight: the storage's name, and size, stride and offset in elements."""
+
+    weight: str
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The view on another copy of the storage. ``memory``: uint8 ``[bytes of the storage]``."""
+        whole = memory.numel() - memory.numel() % self.dtype.itemsize
+        typed = memory[:whole].view(self.dtype)
+        return typed.as_strided(self.size, self.stride, typed.storage_offset() + self.storage_offset)
+
+
 class StoredWeight:
     """One storage of the model.
 

@@ -9,6 +9,7 @@ cold in each phase, as after another graph used the arena - against an account o
 * whatever is loaded was prefetched and is evicted, each once; nothing is left in use at the end, and what the plan
   starts for the next iteration is on its way;
 * no more than k pages hold slots;
+* gradients are sent behind the step that makes them, and the graph returns what was sent, once it has arrived;
 * nothing that leaves a segment shares memory with a slot, and no segment writes into one.
 
 All violations are returned, each with the line of the guilty node in `format_graph`'s text.
@@ -36,7 +37,12 @@ of which nothing is imported here."""
 
 
 def verify_graph(
-    module: fx.GraphModule, plan: Plan | None, weights: Mapping[str, str], *, final: bool = False
+    module: fx.GraphModule,
+    plan: Plan | None,
+    weights: Mapping[str, str],
+    *,
+    steps: range | None = None,
+    final: bool = False,
 ) -> list[Violation]:
     """All violations of the graph, in the order of its lines.
 
@@ -44,6 +50,7 @@ def verify_graph(
         module: the graph as a pass left it.
         plan: the plan, once there is one.
         weights: name of the weight behind each placeholder that carries one.
+        steps: which steps of the plan are this graph's; None: all.
         final: whether all passes have run: the transfers must be there.
     """
     lines = {node: index for index, node in enumerate(module.graph.nodes)}
@@ -51,22 +58,30 @@ def verify_graph(
     if plan is not None and (final or any(ops.is_op(node, op) for node in lines for op in ops.TRANSFERS)):
         written = _written_arguments(module)  # a weight that the graph updates is used in place, page or not
         weights = {name: weight for name, weight in weights.items() if name not in written}
+        own_steps = range(len(plan.steps)) if steps is None else steps
         found += _reads_in_place(module.graph, plan, weights, lines)
-        found += _wrong_pages(module.graph, plan, lines)
+        found += _wrong_pages(module.graph, plan, own_steps, lines)
         found += _slot_memory_escapes(module, plan, weights, lines)
-        found += _Replay(module.graph, plan, lines).run()
+        found += _wrong_sends(module.graph, plan, own_steps, lines)
+        found += _Replay(module.graph, plan, own_steps, lines).run()
     return sorted(set(found), key=lambda each: (each.line, each.message))
 
 
 def check_graph(
-    module: fx.GraphModule, plan: Plan | None, weights: Mapping[str, str], *, after: str, final: bool
+    module: fx.GraphModule,
+    plan: Plan | None,
+    weights: Mapping[str, str],
+    *,
+    steps: range | None = None,
+    after: str,
+    final: bool,
 ) -> None:
     """Raise with the printed graph and a mark under each guilty line.
 
     Raises:
         VerificationError: there are violations.
     """
-    violations = verify_graph(module, plan, weights, final=final)
+    violations = verify_graph(module, plan, weights, steps=steps, final=final)
     if violations:  # printing a large graph takes as long as checking it
         raise_if_any(f"the graph after {after}", format_graph(module.graph), violations)
 
@@ -150,7 +165,7 @@ def _written_arguments(module: fx.GraphModule) -> set[str]:
     return written
 
 
-def _wrong_pages(graph: fx.Graph, plan: Plan, lines: Mapping[fx.Node, int]) -> list[Violation]:
+def _wrong_pages(graph: fx.Graph, plan: Plan, steps: range, lines: Mapping[fx.Node, int]) -> list[Violation]:
     """Each step is handed the loads of the pages that it reads, in their order; several calls may share them."""
     packs: dict[object, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -158,9 +173,11 @@ def _wrong_pages(graph: fx.Graph, plan: Plan, lines: Mapping[fx.Node, int]) -> l
             packs.setdefault(node.meta.get(STEP), []).append(node)
     streamed = {interval.page for interval in plan.intervals}
     found = []
-    for index, step in enumerate(plan.steps):
+    for index in steps:
         in_place = _mapped(plan, index)
-        expected = [page for page in step.reads if page in streamed and plan.pages[page].name not in in_place]
+        expected = [
+            page for page in plan.steps[index].reads if page in streamed and plan.pages[page].name not in in_place
+        ]
         handed = [_pages_loaded(pack, plan) for pack in packs.get(index, ())]
         all_handed = handed[0] if len(handed) == 1 else sorted({page for pages in handed for page in pages})
         if all_handed != (expected if len(handed) == 1 else sorted(expected)):
@@ -168,6 +185,64 @@ def _wrong_pages(graph: fx.Graph, plan: Plan, lines: Mapping[fx.Node, int]) -> l
             message = f"step {index} reads {_names(plan, expected)}, not {_names(plan, all_handed)}"
             found.append(Violation(line, message))
     return found
+
+
+def _wrong_sends(graph: fx.Graph, plan: Plan, steps: range, lines: Mapping[fx.Node, int]) -> list[Violation]:
+    """A send takes what the calls of its step have returned, all that the plan says, before the next step begins."""
+    made_at: dict[fx.Node, object] = {}  # what each call, and each of its results, was made by
+    now: object = None
+    sent: dict[object, fx.Node] = {}
+    awaited = True
+    found = []
+    for node, line in lines.items():
+        if ops.is_op(node, ops.pack):
+            now = node.meta.get(STEP)
+        elif node.op == "call_module":
+            made_at[node] = now
+        elif node.target is operator.getitem and node.all_input_nodes[0] in made_at:
+            made_at[node] = made_at[node.all_input_nodes[0]]
+        elif ops.is_op(node, ops.finish):
+            awaited = True
+        elif ops.is_op(node, ops.send):
+            awaited = False
+            step = node.args[1]
+            if step in sent:
+                found.append(Violation(line, f"step {step} has sent its gradients already"))
+            if step != now:
+                found.append(Violation(line, f"sends gradients of step {step} behind step {now}"))
+            found += [
+                Violation(line, f"sends {source.name}, which step {step} has not made")
+                for source in node.all_input_nodes
+                if source.op != "get_attr" and made_at.get(source) != step
+            ]
+            sent[step] = node
+    output = graph.output_node()
+    wanted = {step for step in steps if plan.steps[step].gradients_bytes}
+    end = lines[output]
+    found += [Violation(end, f"the gradients of step {step} are never sent") for step in sorted(wanted - set(sent))]
+    found += [
+        Violation(lines[node], f"the plan sends no gradients of step {step}")
+        for step, node in sent.items()
+        if step not in wanted
+    ]
+    if not awaited:
+        found.append(Violation(end, "returns gradients that nothing has awaited"))
+    gone = {source for node in sent.values() for source in node.all_input_nodes}
+    found += [
+        Violation(end, f"returns {source.name} from the device, although it was sent")
+        for source in output.all_input_nodes
+        if source in gone
+    ]
+    return found
+
+
+def _is_read(plan: Plan, interval: int, steps: range) -> bool:
+    """Whether a step reads the interval's page during its stay."""
+    each = plan.intervals[interval]
+    stay = range(max(each.start_step, steps.start), min(each.end_step, steps.stop))
+    return any(
+        each.page in plan.steps[step].reads and plan.pages[each.page].name not in _mapped(plan, step) for step in stay
+    )
 
 
 def _pages_loaded(pack: fx.Node, plan: Plan) -> list[int]:
@@ -252,12 +327,17 @@ class _Owner:
 
 @dataclass
 class _Replay:
-    """Runs the transfer nodes over several iterations and keeps the account."""
+    """Runs the transfer nodes over several iterations and keeps the account.
+
+    A forward graph leaves pages on the device for its backward graph, which is also replayed as if it had not.
+    """
 
     graph: fx.Graph
     plan: Plan
+    steps: range
     lines: Mapping[fx.Node, int]
     owners: list[_Owner] = field(default_factory=list)
+    loaded: set[int] = field(default_factory=set)
     found: list[Violation] = field(default_factory=list)
 
     def run(self) -> list[Violation]:
@@ -266,11 +346,28 @@ class _Replay:
             self._iteration(0, phase)
         self.owners = []
         for iteration in range(self.plan.period + 1):  # warm
-            self._iteration(iteration, iteration % self.plan.period)
+            phase = iteration % self.plan.period
+            self.owners += self._left_by_forward(iteration, phase)
+            self._iteration(iteration, phase)
         return self.found
 
+    def _left_by_forward(self, iteration: int, phase: int) -> list[_Owner]:
+        before, own = range(self.steps.start), self.steps
+        return [
+            _Owner(iteration, index, self.plan.slots[each.slots[phase % len(each.slots)]], self._reads(index, before))
+            for index, each in enumerate(self.plan.intervals)
+            if each.start_step < own.start < each.end_step and self._reads(index, own)
+        ]
+
+    def _reads(self, interval: int, steps: range) -> bool:
+        return _is_read(self.plan, interval, steps)
+
+    def _stays(self, interval: int) -> bool:
+        """Whether the page is left on the device for the graph behind this one."""
+        return self._reads(interval, range(self.steps.stop, len(self.plan.steps)))
+
     def _iteration(self, iteration: int, phase: int) -> None:
-        loaded: set[int] = set()
+        self.loaded = set()
         begun = False
         for node in self.graph.nodes:
             if ops.is_op(node, ops.begin):
@@ -278,7 +375,7 @@ class _Replay:
                     self._report(node, "the iteration has begun already: its phase would advance twice")
                 begun = True
             if node.op == "output":
-                self._end(node, iteration, loaded)
+                self._end(node, iteration)
             elif ops.is_op(node, ops.pack):
                 self._read(node, node, iteration)
             elif node.op == "call_module":
@@ -290,26 +387,30 @@ class _Replay:
                 continue
             if not begun:
                 self._report(node, "comes before the iteration begins")
-            interval = node.args[1]
-            if not _is_interval(interval, self.plan):
-                self._report(node, f"names interval {interval}, which the plan does not have")
-                continue
-            if node.args[2] != self._name(interval):
-                self._report(node, f"interval {interval} is of {self._name(interval)}, not of {node.args[2]}")
-            if node.target is ops.prefetch:
-                ahead = node.kwargs.get("ahead", 0)
-                self._prefetch(node, iteration + int(ahead == 1), interval, phase + int(ahead == 1))
-            elif node.target is ops.load:
-                self._load(node, iteration, interval, loaded)
-            else:
-                self._evict(node, iteration, interval)
+            if node.target in (ops.prefetch, ops.load, ops.evict):
+                self._transfer(node, iteration, phase)
+
+    def _transfer(self, node: fx.Node, iteration: int, phase: int) -> None:
+        interval = node.args[1]
+        if not _is_interval(interval, self.plan):
+            self._report(node, f"names interval {interval}, which the plan does not have")
+            return
+        if node.args[2] != self._name(interval):
+            self._report(node, f"interval {interval} is of {self._name(interval)}, not of {node.args[2]}")
+        if node.target is ops.prefetch:
+            ahead = node.kwargs.get("ahead", 0)
+            self._prefetch(node, iteration + int(ahead == 1), interval, phase + int(ahead == 1))
+        elif node.target is ops.load:
+            self._load(node, iteration, interval)
+        else:
+            self._evict(node, iteration, interval)
 
     def _prefetch(self, node: fx.Node, iteration: int, interval: int, phase: int) -> None:
         slots = self.plan.intervals[interval].slots
         slot = self.plan.slots[slots[phase % len(slots)]]
         for owner in list(self.owners):
             if (owner.iteration, owner.interval) == (iteration, interval):
-                if owner.slot != slot or owner.in_use:
+                if owner.slot != slot or interval in self.loaded:
                     self._report(node, f"{self._name(interval)} has another slot already, or is in use")
                 return
             if _overlap(owner.slot, slot):
@@ -321,15 +422,15 @@ class _Replay:
             names = ", ".join(self._name(owner.interval) for owner in self.owners)
             self._report(node, f"{len(self.owners)} pages hold slots, more than k = {self.plan.k}: {names}")
 
-    def _load(self, node: fx.Node, iteration: int, interval: int, loaded: set[int]) -> None:
+    def _load(self, node: fx.Node, iteration: int, interval: int) -> None:
         owner = self._owner(iteration, interval)
-        if interval in loaded:
+        if interval in self.loaded:
             self._report(node, f"{self._name(interval)} is loaded twice")
         elif owner is None:
             self._report(node, f"no prefetch of {self._name(interval)} before its load")
         else:
             owner.in_use = True
-        loaded.add(interval)
+        self.loaded.add(interval)
 
     def _evict(self, node: fx.Node, iteration: int, interval: int) -> None:
         owner = self._owner(iteration, interval)
@@ -348,11 +449,17 @@ class _Replay:
             if owner is None or not owner.in_use:
                 self._report(reader, f"reads {value.name} outside its stay on the device")
 
-    def _end(self, output: fx.Node, iteration: int, loaded: set[int]) -> None:
-        for interval in range(len(self.plan.intervals)):
-            if interval not in loaded:
+    def _end(self, output: fx.Node, iteration: int) -> None:
+        for interval, each in enumerate(self.plan.intervals):
+            is_whole = len(self.steps) == len(self.plan.steps)
+            if interval not in self.loaded and (is_whole or self._reads(interval, self.steps)):
                 self._report(output, f"{self._name(interval)} is never loaded")
+            stays = each.start_step < self.steps.stop and self._stays(interval)
+            if stays and self._owner(iteration, interval) is None:
+                self._report(output, f"{self._name(interval)} is not left on the device for backward")
         for owner in self.owners:
+            if self._stays(owner.interval):
+                continue
             if owner.in_use:
                 self._report(output, f"{self._name(owner.interval)} is never evicted")
             elif owner.iteration == iteration:

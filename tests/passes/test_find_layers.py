@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from spcompile.capture import Capture
+from spcompile.capture import Capture, Kind
 from spcompile.ir import Weight
 from spcompile.module_tree import find_layer_paths
 from spcompile.options import Options
@@ -251,11 +251,11 @@ def traced(function: Callable[..., Any], *args: Any) -> Program:
     def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         capture = Capture(module, examples, Options(compiler="eager"), weight_of, [])
 
-        def keep(graph: fx.GraphModule, wraps: bool) -> Callable[..., Any]:
-            programs.append(capture.program(graph, device=torch.device("cpu"), wraps=wraps, store=None))
+        def keep(graph: fx.GraphModule, _: Kind) -> Callable[..., Any]:
+            programs.append(capture.program(graph, device=torch.device("cpu"), store=None))
             return graph.forward
 
-        return capture.trace(keep)
+        return capture.trace(keep, lambda *_: None)
 
     torch._dynamo.reset()
     with torch.no_grad():
