@@ -422,29 +422,31 @@ class Plan:
 
     def _actions_of(self, steps: range) -> Iterator[Action]:
         n_steps = len(self.steps)
+        is_first, is_last = steps.start == 0, steps.stop == n_steps
         evictions, prefetches, ahead, loads = (defaultdict[int, list[int]](list) for _ in range(4))
         for index, interval in enumerate(self.intervals):
-            if interval.end_step <= steps.start or interval.start_step >= steps.stop:
+            if not (is_first or interval.end_step > steps.start) or not (is_last or interval.start_step < steps.stop):
                 continue
             load_step, end_step = self.load_step(interval, steps), interval.end_step
-            if end_step > steps.stop and self.load_step(interval, range(steps.stop, n_steps)) < 0:
+            if not is_last and end_step > steps.stop and self.load_step(interval, range(steps.stop, n_steps)) < 0:
                 end_step = steps.stop  # only its batch would have kept it
-            elif load_step < 0 and steps.start > 0:
+            elif load_step < 0 and not is_first:
                 continue
+            evictions[end_step].append(index)
             prefetches[max(interval.start_step, steps.start)].append(index)
             loads[load_step].append(index)
-            evictions[end_step].append(index)
             if self.wraps and interval.start_step <= 0:
                 ahead[n_steps + interval.start_step].append(index)
-        for step in steps:
-            yield from (Action(ActionKind.PREFETCH, step, index) for index in prefetches[step])
+        for step in range(steps.start, steps.stop + 1):
+            if step > steps.start and self.steps[step - 1].gradients_bytes:
+                yield Action(ActionKind.SEND, step - 1)
+            yield from (Action(ActionKind.EVICT, step - 1, index) for index in evictions[step])
+            if step < steps.stop:
+                yield from (Action(ActionKind.PREFETCH, step, index) for index in prefetches[step])
             yield from (Action(ActionKind.PREFETCH, step, index, ahead=1) for index in ahead[step])
-            yield from (Action(ActionKind.LOAD, step, index) for index in loads[step])
-            yield Action(ActionKind.RUN, step)
-            if self.steps[step].gradients_bytes:
-                yield Action(ActionKind.SEND, step)
-            yield from (Action(ActionKind.EVICT, step, index) for index in evictions[step + 1])
-        yield from (Action(ActionKind.PREFETCH, n_steps, index, ahead=1) for index in ahead[n_steps])
+            if step < steps.stop:
+                yield from (Action(ActionKind.LOAD, step, index) for index in loads[step])
+                yield Action(ActionKind.RUN, step)
 
     def to_json(self) -> str:
         """The plan as JSON text that `from_json` reads back to an equal plan."""
@@ -483,6 +485,7 @@ class Plan:
                 activations=tuple(map(_pairs, fields.pop("activations"))),
                 workspace_bytes=fields.pop("workspace_bytes"),
                 other_bytes=fields.pop("other_bytes"),
+                backward_step=fields.pop("backward_step"),
                 **fields,
             )
         except PlanFormatError:

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planner.*", "module_tree"),
     # From here on torch may be imported.
     ("ops",),
-    ("graph",),
+    ("graph", "joint"),
     ("graph_text", "cuda_decompositions", "costs"),
     ("passes.base", "verify.graphs", "partition"),
     ("passes.structure", "passes.cut_finer"),
@@ -52,7 +52,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
     "passes.*": (
-        *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "costs", "passes.base"),
+        *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "joint", "costs", "passes.base"),
         "passes.structure",  # not a pass: what find_layers does where names say nothing
         *("passes.cut_finer", "passes.runs", "passes.pages"),  # nor are these: what make_schedule consists of
     ),

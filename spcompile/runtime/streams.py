@@ -259,7 +259,7 @@ class EmulatedStreams:
             return
         while not head.done:
             if head.queue is None:
-                raise RuntimeError("emulated device: compute waits for itself")
+                raise RuntimeError("emulated device: compute waits for a copy that was never issued")
             head.queue.advance()
         self.compute.popleft()
 

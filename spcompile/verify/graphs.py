@@ -347,7 +347,8 @@ class _Replay:
         self.owners = []
         for iteration in range(self.plan.period + 1):  # warm
             phase = iteration % self.plan.period
-            self.owners += self._left_by_forward(iteration, phase)
+            if self.steps.start:
+                self.owners += self._left_by_forward(iteration, phase)
             self._iteration(iteration, phase)
         return self.found
 

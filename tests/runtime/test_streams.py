@@ -146,7 +146,7 @@ def test_synchronizing_leaves_nothing() -> None:
     streams.side_copy(slot, numbers(7))
     streams.synchronize()
     assert slot.tolist() == [7]
-    assert not streams.side
+    assert not streams.side.queue
     assert not streams.compute
 
 
