@@ -18,6 +18,7 @@ from spcompile.errors import (
 from spcompile.ir import Plan
 from spcompile.offload import offload, refresh, restore
 from spcompile.planning import plan
+from spcompile.training import host_parameters
 
 __all__ = [
     "OffloadError",
@@ -26,6 +27,7 @@ __all__ = [
     "PlanFormatError",
     "SuperpipelineError",
     "VerificationError",
+    "host_parameters",
     "offload",
     "plan",
     "refresh",

@@ -23,7 +23,8 @@ from spcompile.errors import OffloadError, OptionError
 from spcompile.module_tree import readable_path
 from spcompile.options import Options
 from spcompile.runtime.host import compute_device
-from spcompile.runtime.store import PageStore, watch_optimizers
+from spcompile.runtime.optimizers import watch_optimizers
+from spcompile.runtime.store import PageStore
 from spcompile.runtime.weights import storage_key, tag_of, what_is_special
 
 

@@ -136,12 +136,14 @@ class _Compiler:
         compile_segments(program.module, program.options.compiler, shared=store.segments, own=self.segments)
         page_inputs = {page: tuple(views[name] for name in names) for page, names in program.page_inputs.items()}
         layout = Layout(program.planned(), program.steps(), page_inputs, self._gradients(program))
-        places = [
-            index
+        places = {
+            index: node.name
             for index, node in enumerate(program.graph.find_nodes(op="placeholder"))
             if node.name in program.weights
-        ]
-        graph = CompiledGraph(program.module, layout, places, store, self.find_store, program.options)
+        }
+        written = [index for index, name in places.items() if program.weights[name].weight in program.written]
+        looks = {index: views[name] for index, name in places.items()}
+        graph = CompiledGraph(program.module, layout, looks, written, store, self.find_store, program.options)
         self.graphs.append(graph)
         if self.traced:  # a backward, compiled at the first .backward()
             self._place()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from spcompile.errors import OffloadError
 from spcompile.runtime.host import HostBlock, check_host_memory, compute_device, lay_out_blocks
-from spcompile.runtime.store import PageStore, watch_optimizers
+from spcompile.runtime.optimizers import watch_optimizers
+from spcompile.runtime.store import PageStore
 from spcompile.runtime.weights import (
     StoredWeight,
     Tag,

@@ -181,7 +181,7 @@ class RehomedCall:
         inputs = [uploads.get(index, value) for index, value in enumerate(args)]
         versions = {index: tensor._version for index, tensor in uploads.items()}
         if torch.is_grad_enabled():
-            _attach_gradients(args, inputs, uploads)
+            _attach_gradients(store, args, inputs, uploads)
         outputs = self.compiled(*inputs)
         self._write_back(store, args, inputs, uploads, versions)
         origins = {storage_key(tensor): (args[index], tensor) for index, tensor in uploads.items()}
@@ -200,18 +200,9 @@ class RehomedCall:
 
     def _weight(self, store: PageStore, index: int, value: Tensor) -> Tensor | None:
         """The weight as the device sees it; None where the input is no weight, or has been given other memory."""
-        tag = tag_of(value) if index in self.weights else None
-        if tag is None or tag.store is not store:
+        if index not in self.weights:
             return None
-        view, weight = self.weights[index], store.weights[tag.name]
-        if weight.resident is None and not weight.has_home:  # placed by no plan: one graph serves several layers
-            store.make_offloaded([tag.name])
-        store.renew_copy(tag.name)
-        views, key = store.views.setdefault(self, {}), (index, tag.name)
-        if key not in views or views[key][0] is not weight.current:
-            with real_tensors():
-                views[key] = weight.current, view.of(weight.current)
-        return views[key][1]
+        return store.as_device_sees(self, index, self.weights[index], value)
 
     def _copy(self, store: PageStore, index: int, value: Tensor) -> Tensor:
         """An input on the device: a fresh copy, or that of a buffer that has not changed."""
@@ -268,12 +259,13 @@ def _down(output: Tensor, origins: Mapping[int, tuple[Tensor, Tensor]]) -> Tenso
     return original.as_strided(output.size(), output.stride(), offset)
 
 
-def _attach_gradients(args: Sequence[Any], inputs: list[Any], uploads: Mapping[int, Tensor]) -> None:
+def _attach_gradients(store: PageStore, args: Sequence[Any], inputs: list[Any], uploads: Mapping[int, Tensor]) -> None:
     """Tie the inputs on the device to those on the CPU, so that gradients flow back to these."""
     tied = [index for index in uploads if args[index].requires_grad]
     if not tied:
         return
-    for index, tensor in zip(tied, _Up.apply(*(args[i] for i in tied), *(uploads[i] for i in tied)), strict=True):  # type: ignore[no-untyped-call]
+    ties = _Up.apply(store, *(args[i] for i in tied), *(uploads[i] for i in tied))  # type: ignore[no-untyped-call]
+    for index, tensor in zip(tied, ties, strict=True):
         inputs[index] = tensor
 
 
@@ -281,10 +273,20 @@ class _Up(torch.autograd.Function):
     """Up in forward (the copies are made already), down in backward."""
 
     @staticmethod
-    def forward(_ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, store: PageStore, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.store = store
         return tuple(tensor.detach() for tensor in tensors[len(tensors) // 2 :])
 
     @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        down = [gradient if gradient is None else gradient.to(HOST) for gradient in gradients]
-        return *down, *(None for _ in gradients)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        store: PageStore = ctx.store
+        down = [gradient if gradient is None else _gradient_down(store, gradient) for gradient in gradients]
+        if store.device.type == "cuda":
+            torch.cuda.current_stream(store.device).synchronize()  # from here on the host may read them
+        return None, *down, *(None for _ in gradients)
+
+
+def _gradient_down(store: PageStore, gradient: Tensor) -> Tensor:
+    """A gradient as a CPU tensor; one that was sent is there already."""
+    buffer = store.gradients.find(gradient)
+    return gradient.to(HOST) if buffer is None else buffer.on_host()

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.*",),
     ("segments", "runtime.*"),
     ("capture", "rehome", "cuda_attention"),
-    ("pipeline", "offload", "arrival", "absent"),
+    ("pipeline", "offload", "arrival", "absent", "training"),
     ("backend",),
     ("planning", "explain"),
     ("spcompile",),  # the package's own __init__, which collects the interface
@@ -52,7 +52,19 @@ ONLY: dict[str, tuple[str, ...]] = {
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
     "passes.*": (
-        *("errors", "options", "ir", "text", "planner.*", "module_tree", "ops", "graph", "joint", "costs", "passes.base"),
+        *(
+            "errors",
+            "options",
+            "ir",
+            "text",
+            "planner.*",
+            "module_tree",
+            "ops",
+            "graph",
+            "joint",
+            "costs",
+            "passes.base",
+        ),
         "passes.structure",  # not a pass: what find_layers does where names say nothing
         *("passes.cut_finer", "passes.runs", "passes.pages"),  # nor are these: what make_schedule consists of
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,7 @@ from spcompile.runtime.emulated import run_emulated
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.streams import EmulatedStreams
 from spcompile.runtime.transfers import InPlace, Layout, Transfers
-from spcompile.runtime.weights import TAG, tag_of
+from spcompile.runtime.weights import TAG, WeightView, tag_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class CompiledGraph:
     Args:
         module: the outer graph; its attribute ``runtime`` is set to whatever the call works with.
         layout: see `Transfers`.
-        weight_places: which arguments are weights.
+        weight_places: which arguments are weights, and how they look at them.
+        written: which of those the graph updates.
         store: the page store that it was compiled for.
         find_store: see `FindStore`.
         compiled_with: see `Transfers`.
@@ -47,7 +48,8 @@ class CompiledGraph:
         self,
         module: fx.GraphModule,
         layout: Layout,
-        weight_places: Sequence[int],
+        weight_places: Mapping[int, WeightView],
+        written: Sequence[int],
         store: PageStore,
         find_store: FindStore,
         compiled_with: Hashable,
@@ -56,13 +58,22 @@ class CompiledGraph:
         self.module = module
         self.layout = layout
         self.plan = layout.plan
-        self.weight_places = tuple(weight_places)
+        self.weight_places = dict(weight_places)
+        self.written = tuple(written)
         self.find_store = find_store
         self.compiled_with = compiled_with
         self.device, self.is_rehomed = store.device, store.rehomed
         self.lock = threading.RLock()
         self.runtimes: WeakKeyDictionary[PageStore, Transfers] = WeakKeyDictionary()
         self._is_warned = False
+        places = {node: index for index, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+        returned = module.graph.output_node().args[0]
+        assert isinstance(returned, (tuple, list))
+        self._returned = {
+            index: places[node]
+            for index, node in enumerate(returned)
+            if isinstance(node, fx.Node) and places.get(node) in self.weight_places
+        }
         self.runtime: Transfers | InPlace = self._add(store)
         module.runtime = self.runtime
         module.graph.lint()
@@ -77,10 +88,32 @@ class CompiledGraph:
             if store is None:
                 return self.module.forward(args)
             with store.lock:
-                streams = store.arena.streams
-                if isinstance(runtime, Transfers) and isinstance(streams, EmulatedStreams) and self.plan.has_transfers:
-                    return run_emulated(self.module, runtime, streams, args)
-                return self.module.forward(args)
+                if store.hosted and self.layout.is_backward:
+                    _gather_gradients(store)
+                if store.copies_follow and not self.is_rehomed:
+                    return self._run_on_copies(runtime, store, args)
+                return self._run(runtime, store, args)
+
+    def _run(self, runtime: Transfers | InPlace, store: PageStore, args: list[Any]) -> Any:
+        streams = store.arena.streams
+        if isinstance(runtime, Transfers) and isinstance(streams, EmulatedStreams) and self.plan.has_transfers:
+            return run_emulated(self.module, runtime, streams, args)
+        return self.module.forward(args)
+
+    def _run_on_copies(self, runtime: Transfers | InPlace, store: PageStore, args: list[Any]) -> Any:
+        """Hand over device copies in place of arguments that look at weights in host memory; return the arguments."""
+        given = {place: args[place] for place in self.weight_places}
+        for place, view in self.weight_places.items():
+            copy = store.as_device_sees(self, place, view, given[place])
+            args[place] = given[place] if copy is None else copy
+        outputs = list(self._run(runtime, store, args))
+        for place in self.written:
+            tag = tag_of(given[place])
+            if tag is not None and tag.store is store:
+                store.write_back(tag.name)
+        for index, place in self._returned.items():
+            outputs[index] = given[place]
+        return tuple(outputs)
 
     def select(self, store: PageStore) -> None:
         """Work on the weights of this store from now on. (A re-homed model's caller says so; its arguments cannot.)"""
@@ -90,7 +123,7 @@ class CompiledGraph:
 
     def _follow(self, args: Sequence[Any]) -> None:
         """Change to the store of the arguments, if it is another than last time."""
-        first = args[self.weight_places[0]]
+        first = args[next(iter(self.weight_places))]
         tag = getattr(first, TAG, None)
         current = self.runtime.live_store()
         if current is not None and (tag is None or tag.store is current):
@@ -132,3 +165,16 @@ class CompiledGraph:
                 "torch._dynamo.reset() to have it compiled again"
             )
         self.runtime = self.module.runtime = runtime
+
+
+def _gather_gradients(store: PageStore) -> None:
+    """Around a backward of a model with parameters on the host: its end shows them their gradients."""
+    store.hosted.follow_zeroing(store)
+
+    def show() -> None:
+        with store.lock:
+            store.settle()
+            store.hosted.show_gradients(store)
+
+    # Runs when the whole backward has ended; autograd offers this to whoever is called from it.
+    torch.autograd.Variable._execution_engine.queue_callback(show)  # type: ignore[attr-defined]

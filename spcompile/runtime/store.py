@@ -9,17 +9,19 @@ A model comes in one of three ways, which differ in what its tensors look at (se
 * *re-homed*: the model stays a CPU model, its tensors look at host memory always, and device copies are only copies,
   which are renewed when the weight has changed.
 
+A model of the first two kinds whose weights an optimizer on the host updates (`master_on_host`) looks at the homes
+always, as a re-homed one does; device copies are only copies then, too.
+
 Who holds whom: tensor -> `Tag` -> `PageStore` -> `StoredWeight` -> block. The store holds the model's tensors and the
 runtimes of its graphs only weakly, so there is no cycle and no registry: the last tensor to die takes everything along.
 
 Copies of a weight on the device are known by `PageStore.version`. Edits in place move the version counters of the
-tensors; fused optimizers do not, so a hook behind every optimizer step bumps the ``generation`` of the stores that it
-touched. Edits through ``.data`` leave no trace at all: ``spcompile.refresh`` is for those.
+tensors; fused optimizers do not, so a hook behind every optimizer step (``optimizers.py``) bumps the ``generation`` of
+the stores that it touched. Edits through ``.data`` leave no trace at all: ``spcompile.refresh`` is for those.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import threading
@@ -31,7 +33,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from spcompile.errors import OffloadError
@@ -39,11 +40,13 @@ from spcompile.ir import Page, Plan, Weight
 from spcompile.runtime.arena import Arena
 from spcompile.runtime.gradients import GradientMemory
 from spcompile.runtime.host import HostBlock, lay_out_blocks
+from spcompile.runtime.hosted import HostParameters
 from spcompile.runtime.streams import CudaStreams, EmulatedStreams, Streams
 from spcompile.runtime.weights import (
     TAG,
     StoredWeight,
     Tag,
+    WeightView,
     bytes_of,
     look_at,
     real_tensors,
@@ -69,11 +72,14 @@ class PageStore:
         pages: pages of all graphs so far; a weight never changes its page.
         arena: where streamed pages have their slots.
         gradients: host memory for what backward sends down.
+        hosted: parameters on the host over these weights.
+        copies_follow: whether the homes are what counts, and device copies of weights only follow them.
+        knows_of_state: whether the user was told that an optimizer keeps its state on the device.
         segments: compiled segments by key.
         lock: held while an iteration is issued or weights are moved: two threads take turns.
         latest: the runtime of the graph that ran last, and what its pages were bound to (see ``transfers.py``).
-        views: how callers of a re-homed model's graphs see its weights: the memory, and a tensor over it. Kept here and
-            not there, as a caller belongs to compiled code, which may outlive the model.
+        views: where copies follow, how graphs and their callers see the weights: the memory, and a tensor over it. Kept
+            here and not there, as they belong to compiled code, which may outlive the model.
         log: events of the runtimes, where a test has put a list.
     """
 
@@ -87,6 +93,9 @@ class PageStore:
         streams: Streams = CudaStreams(device) if device.type == "cuda" else EmulatedStreams()
         self.arena = Arena(device, streams)
         self.gradients = GradientMemory(device)
+        self.hosted = HostParameters()
+        self.copies_follow = rehomed
+        self.knows_of_state = False
         self.segments: dict[str, torch.nn.Module] = {}
         self.lock = threading.RLock()
         self.latest: tuple[weakref.ref[Any], tuple[tuple[int, str], ...]] | None = None
@@ -96,7 +105,7 @@ class PageStore:
         self._runtimes: list[weakref.ref[Any]] = []
         self._pieces: dict[str, tuple[tuple[int, Tensor], ...]] = {}
         self._addresses: dict[int, str] = {}
-        self._copied: dict[str, Hashable] = {}  # re-homed: the version of each device copy
+        self._copied: dict[str, Hashable] = {}  # where copies follow: the version of each device copy
 
     # What looks at a weight.
 
@@ -145,7 +154,7 @@ class PageStore:
     def release(self, name: str, device: torch.device) -> None:
         """Make the weight an ordinary storage on ``device`` for all its tensors, and forget it."""
         weight = self.weights[name]
-        self._settle()
+        self.settle()
         with real_tensors():
             memory = self._ordinary_memory(weight, device)
             for tensor in self.tensors_of(name):
@@ -199,7 +208,9 @@ class PageStore:
 
     def _face(self, weight: StoredWeight) -> Tensor:
         """The memory that the model's tensors look at."""
-        return weight.host if self.rehomed else weight.current
+        if self.rehomed:
+            return weight.host
+        return weight.view if self.copies_follow and weight.has_home else weight.current
 
     def _views(self, tensor: Tensor, weight: StoredWeight) -> bool:
         # By storage, not by address: those of empty tensors are all null.
@@ -253,13 +264,13 @@ class PageStore:
         moving = [self.weights[name] for name in dict.fromkeys(names) if self.weights[name].resident is None]
         if not moving:
             return
-        self._settle()
+        self.settle()
         with real_tensors():
             copies = [self._device_copy(weight, moving) for weight in moving]
             for weight, copy in zip(moving, copies, strict=True):
                 self._copied[weight.name] = self.version([weight.name])
                 self._point(weight, copy)
-        self._settle()
+        self.settle()
 
     def make_offloaded(self, names: Iterable[str]) -> None:
         """Give these weights homes, and their device memory back; the device reads the homes from now on.
@@ -272,14 +283,14 @@ class PageStore:
         moving = [weight for weight in moving if weight.resident is not None or not weight.has_home]
         if not moving:
             return
-        self._settle()
+        self.settle()
         with real_tensors():
-            stale = [weight for weight in moving if weight.has_home and not self.rehomed]
+            stale = [weight for weight in moving if weight.has_home and not self.copies_follow]
             for weight in stale:
                 assert weight.resident is not None
                 weight.host.copy_(weight.resident)
             self._make_homes([weight for weight in moving if not weight.has_home])
-            self._settle()
+            self.settle()
             left = [(weight.name, weight.resident) for weight in moving if weight.resident is not None]
             for weight in moving:
                 self._point(weight, None)
@@ -316,16 +327,64 @@ class PageStore:
 
     def _point(self, weight: StoredWeight, resident: Tensor | None) -> None:
         """Change where the weight is, and let the tensors that look at it follow."""
-        following = [] if self.rehomed else self._following(weight)
+        following = [] if self.copies_follow else self._following(weight)
         weight.resident = resident
         for tensor in following:
             look_at(tensor, weight.current)
         self._moved()
 
-    def renew_copy(self, name: str) -> None:
-        """Re-homed: copy the weight to the device again if it is resident and has changed. On the caller's stream.
+    def master_on_host(self) -> None:
+        """From now on the homes are what counts: every weight gets one, and the model's tensors look there.
 
-        The caller waits for the device before the model's own code may write the weight.
+        Raises:
+            OffloadError: there is not enough host memory.
+        """
+        if self.copies_follow:
+            return
+        self.settle()
+        with real_tensors():
+            self._make_homes([weight for weight in self.weights.values() if not weight.has_home])
+            self.settle()
+            copied = [weight for weight in self.weights.values() if weight.resident is not None]
+            for weight in copied:
+                weight.host.copy_(weight.current)
+            following = {weight.name: self._following(weight) for weight in self.weights.values()}
+            self.copies_follow = True
+            for name, tensors in following.items():
+                for tensor in tensors:
+                    look_at(tensor, self._face(self.weights[name]))
+            for weight in copied:
+                self._copied[weight.name] = self.version([weight.name])
+        self._moved()
+
+    def as_device_sees(self, owner: object, place: int, view: WeightView, tensor: Tensor) -> Tensor | None:
+        """A weight as kernels are to read it where copies follow: its device copy, up to date, or its home.
+
+        Args:
+            owner, place: who asks for which of its arguments; the answer is kept for the next time.
+            view: how the argument looks at its weight.
+            tensor: the argument.
+
+        Returns:
+            None where the argument is no weight of this store, or has been given other memory.
+        """
+        tag = tag_of(tensor)
+        if tag is None or tag.store is not self:
+            return None
+        weight = self.weights[tag.name]
+        if weight.resident is None and not weight.has_home:  # placed by no plan: one graph serves several layers
+            self.make_offloaded([tag.name])
+        self.renew_copy(tag.name)
+        views, key = self.views.setdefault(owner, {}), (place, tag.name)
+        if key not in views or views[key][0] is not weight.current:
+            with real_tensors():
+                views[key] = weight.current, view.of(weight.current)
+        return views[key][1]
+
+    def renew_copy(self, name: str) -> None:
+        """Where copies follow: copy the weight to the device again if it is resident and has changed.
+
+        On the caller's stream. The caller waits for the device before the model's own code may write the weight.
         """
         weight = self.weights[name]
         if weight.resident is None:
@@ -337,7 +396,7 @@ class PageStore:
             self._copied[name] = version
 
     def write_back(self, name: str) -> None:
-        """Re-homed: a graph has written the device copy of this weight, so its host memory follows."""
+        """Where copies follow: a graph has written the device copy of this weight, so its home is written, too."""
         weight = self.weights[name]
         if weight.resident is None:
             return
@@ -348,7 +407,7 @@ class PageStore:
                 torch.autograd.graph.increment_version(tensor)
         self._copied[name] = self.version([name])
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for every copy and kernel that may still read or write a weight."""
         self.arena.streams.synchronize()
         if self.device.type == "cuda":
@@ -468,18 +527,6 @@ class _Run:
 def find_store(tensors: Iterable[Tensor]) -> PageStore | None:
     """The store of the first of these tensors that looks at a stored weight."""
     return next((tag.store for tensor in tensors if (tag := tag_of(tensor)) is not None), None)
-
-
-@functools.cache
-def watch_optimizers() -> None:
-    """From now on, for good, count a step of any optimizer as a change of the weights that it owns."""
-    register_optimizer_step_post_hook(_after_optimizer_step)
-
-
-def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # the hook's
-    tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
-    for store in {tag.store for tensor in tensors if (tag := tag_of(tensor)) is not None}:
-        store.touch()
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,0 +1,149 @@
+"""CPU parameters over the weights of a model on a GPU, for optimizers that run on the host.
+
+A `HostParameters` belongs to a page store. Its parameters look at the homes of the weights, the very memory that the
+device reads, so an optimizer's step is seen by the next copy, and nothing is written twice. From the first of them on
+the homes are what counts: device copies of weights are only copies (`PageStore.master_on_host`).
+
+Gradients come the same way. At the end of each backward, when they have arrived in host memory, the parameter on the
+host gets a ``.grad`` that looks at the memory of the model's parameter's ``.grad``: it is one gradient with two faces,
+added up, clipped and zeroed through either. Only setting one of the two to None leaves no trace on the other one; the
+next backward looks for that before it starts. A gradient that is not in such memory (of an eager backward, or in
+another precision) is copied, and copied back where it was changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from spcompile.errors import OptionError
+from spcompile.runtime.weights import real_tensors, tag_of
+
+if TYPE_CHECKING:
+    from spcompile.runtime.store import PageStore
+
+
+@dataclass(eq=False)
+class _Pair:
+    """A parameter of the model and its parameter on the host.
+
+    Attributes:
+        name: of the weight.
+        is_master: whether the one on the host has memory of its own, in another precision.
+        shown: the gradient of the model's parameter that the host's shows, and the versions of both since they agree.
+    """
+
+    model: TensorWeakRef
+    host: TensorWeakRef
+    name: str
+    is_master: bool
+    shown: tuple[TensorWeakRef, int, int] | None = None
+
+
+class HostParameters:
+    """The parameters on the host of one store."""
+
+    def __init__(self) -> None:
+        self._pairs: list[_Pair] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._pairs)
+
+    def parameter_for(self, store: PageStore, parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+        """The parameter on the host; the same one as last time, while somebody holds it.
+
+        Args:
+            store: the one that these parameters belong to; the parameter's weight has its home there.
+            parameter: of the model.
+            dtype: None: the parameter looks at the weight's home. Otherwise it is a copy in that precision, which is
+                written to the home after each optimizer step.
+
+        Raises:
+            OptionError: there is one in another precision.
+        """
+        for pair in self._pairs:
+            host: nn.Parameter | None = pair.host()
+            if pair.model() is not parameter or host is None:
+                continue
+            if host.dtype != (dtype or parameter.dtype):
+                raise OptionError(
+                    f"the host parameter of {pair.name!r} is of {host.dtype}, not of {dtype}: let go of that one first"
+                )
+            return host
+        host = self._make(store, parameter, dtype)
+        self._pairs = [pair for pair in self._pairs if pair.model() is not None and pair.host() is not None]
+        return host
+
+    def _make(self, store: PageStore, parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+        tag = tag_of(parameter)
+        assert tag is not None
+        is_master = dtype not in (None, parameter.dtype)
+        with real_tensors():
+            home = _looking_at(store.weights[tag.name].host, parameter)
+            host = nn.Parameter(home.to(dtype) if is_master else home, requires_grad=parameter.requires_grad)
+        store.attach(host, tag.name)  # its edits count, and the hooks of optimizers find the store
+        pair = _Pair(TensorWeakRef(parameter), TensorWeakRef(host), tag.name, is_master)
+        self._pairs.append(pair)
+        return host
+
+    def _living(self) -> list[tuple[_Pair, Tensor, Tensor]]:
+        """The pairs of which both parameters live."""
+        both = ((pair, pair.model(), pair.host()) for pair in self._pairs)
+        return [(pair, model, host) for pair, model, host in both if model is not None and host is not None]
+
+    def show_gradients(self, store: PageStore) -> None:
+        """Give every parameter on the host the gradient of the model's; once all gradients have arrived."""
+        with real_tensors():
+            for pair, model, host in self._living():
+                if model.grad is None or not self._is_news(pair, model.grad):
+                    continue
+                buffer = store.gradients.find(model.grad)
+                if buffer is not None and host.dtype == model.dtype:
+                    if host.grad is None or host.grad.data_ptr() != buffer.memory.data_ptr():
+                        host.grad = buffer.on_host()
+                elif host.grad is None:
+                    host.grad = model.grad.to("cpu", host.dtype, copy=True)
+                else:
+                    host.grad.copy_(model.grad)
+                pair.shown = TensorWeakRef(model.grad), model.grad._version, _version(host.grad)
+
+    @staticmethod
+    def _is_news(pair: _Pair, gradient: Tensor) -> bool:
+        return pair.shown is None or pair.shown[0]() is not gradient or pair.shown[1] != gradient._version
+
+    def follow_zeroing(self, store: PageStore) -> None:
+        """Before a backward: a gradient that was set to None, or changed, on one side is so on the other one."""
+        with real_tensors():
+            for pair, model, host in self._living():
+                if pair.shown is None:
+                    continue
+                gradient, _, host_version = pair.shown
+                if model.grad is None:
+                    host.grad, pair.shown = None, None
+                elif model.grad is not gradient():
+                    continue
+                elif host.grad is None:
+                    model.grad, pair.shown = None, None
+                elif store.gradients.find(model.grad) is None and _version(host.grad) != host_version:
+                    model.grad.copy_(host.grad)
+
+    def write_masters(self, store: PageStore) -> None:
+        """After an optimizer step: copies in another precision go to the weights' homes."""
+        with real_tensors():
+            for pair, model, host in self._living():
+                if pair.is_master and pair.name in store.weights:
+                    _looking_at(store.weights[pair.name].host, model).copy_(host)
+
+
+def _looking_at(memory: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor over ``memory``, uint8 ``[bytes of the storage]``, that looks at it as the parameter at its own."""
+    typed = torch.empty(0, dtype=parameter.dtype)
+    return typed.set_(memory.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
+
+
+def _version(tensor: Tensor | None) -> int:
+    return -1 if tensor is None else tensor._version

@@ -1,0 +1,77 @@
+"""What happens around the step of any optimizer.
+
+torch calls two hooks around every step of every optimizer, fused ones included, which leave no other trace. Behind a
+step the weights that it owns count as changed. Before it, whatever still reads or writes them has to be done, and
+gradients have to be where the optimizer looks for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from spcompile.runtime.store import PageStore
+from spcompile.runtime.weights import TAG, Tag
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    """From now on, for good, know of every step of any optimizer."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # the hook's
+    for store in _stores(optimizer):
+        if store.hosted or store.rehomed:  # the host is about to write what copies read
+            store.settle()
+            store.hosted.show_gradients(store)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # the hook's
+    for store in _stores(optimizer):
+        if store.hosted:
+            store.hosted.write_masters(store)
+        store.touch()
+        _tell_where_the_state_is(optimizer, store)
+
+
+def _stores(optimizer: Optimizer) -> set[PageStore]:
+    """The stores of the weights that an optimizer owns."""
+    tags = (getattr(tensor, TAG, None) for tensor in _parameters(optimizer))
+    return {tag.store for tag in tags if isinstance(tag, Tag)}
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _tell_where_the_state_is(optimizer: Optimizer, store: PageStore) -> None:
+    """Once: an optimizer over the parameters of an offloaded model keeps its state where they seem to be."""
+    if store.rehomed or store.knows_of_state or not any(runtime.plan.intervals for runtime in store.runtimes()):
+        return
+    mine = [parameter for parameter in _parameters(optimizer) if store.holds(parameter)]
+    state = (value for parameter in mine for value in optimizer.state.get(parameter, {}).values())
+    nbytes = sum(each.nbytes for each in state if isinstance(each, torch.Tensor) and each.device == store.device)
+    if nbytes:
+        store.knows_of_state = True
+        logger.warning(
+            "the state of this %s, %s bytes, is on %s, as its parameters are tensors of that device. To keep it in "
+            "host memory and update the weights there, make it over spcompile.host_parameters(model)",
+            type(optimizer).__name__,
+            f"{nbytes:,}",
+            store.device,
+        )

@@ -1,0 +1,74 @@
+"""Training with the optimizer on the host: `host_parameters`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from spcompile.errors import OffloadError
+from spcompile.runtime.optimizers import watch_optimizers
+from spcompile.runtime.weights import tag_of
+
+
+def host_parameters(
+    model: nn.Module | Iterable[nn.Parameter], master_dtype: torch.dtype | None = None
+) -> list[nn.Parameter]:
+    """CPU parameters over the memory of a model's weights, for an optimizer whose state and step are on the host::
+
+        spcompile.offload(model)
+        fast = torch.compile(model, backend="superpipeline", options={"budget": "8GiB"})
+        optimizer = torch.optim.AdamW(spcompile.host_parameters(model), lr=1e-4, fused=True)
+        for batch in data:
+            loss = fast(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Each shares its memory with the weight, so there is no second copy of the model, and the weights that the device
+    reads next are the updated ones. After each ``backward()`` its ``.grad`` is the gradient of the model's parameter,
+    in the same memory too: clip, scale or zero either. A frozen parameter has none. Everything else is as with any CPU
+    parameters: all of ``torch.optim``, schedulers, parameter groups (call this for each part of the model), state dicts
+    that load into an optimizer over an ordinary model.
+
+    From the first call on the model's weights are updated on the host: eager code reads them over the link, weights
+    that a plan keeps on the device are copied there again after each step, and an edit of a host parameter other than by
+    an optimizer shows on the device as any other edit in place does (`spcompile.refresh` is for those through ``.data``).
+
+    Args:
+        model: offloaded, or on the GPU and compiled with this backend, or some of its parameters. A model on the CPU has
+            CPU parameters already: they are returned as they are.
+        master_dtype: None, or the dtype of copies that the optimizer works on, while the model has weights of lower
+            precision (``torch.float32`` for a model in ``bfloat16``). After each step they are rounded to the weights.
+
+    Returns:
+        One parameter for each of the model's, in the order of ``model.parameters()``; the same ones each time, as long
+        as they are held.
+
+    Raises:
+        OffloadError: a parameter is on a GPU and no weight of an offloaded or compiled model; or there is not enough
+            host memory.
+        OptionError: a parameter was asked for in another precision before.
+    """
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else list(model)
+    watch_optimizers()
+    return [_host_parameter(each, master_dtype) for each in parameters]
+
+
+def _host_parameter(parameter: nn.Parameter, master_dtype: torch.dtype | None) -> nn.Parameter:
+    tag = tag_of(parameter)
+    on_cpu = tag is None or tag.store.rehomed
+    if tag is None and parameter.device.type != "cpu":
+        raise OffloadError(
+            f"a parameter of shape {tuple(parameter.shape)} is on {parameter.device}, not in host memory: call "
+            "spcompile.offload(model) first, or run the compiled model once"
+        )
+    if on_cpu and master_dtype in (None, parameter.dtype):
+        return parameter
+    if tag is None:
+        raise OffloadError(
+            "master copies need a model that is offloaded or compiled: call spcompile.offload(model) first"
+        )
+    tag.store.master_on_host()
+    return tag.store.hosted.parameter_for(tag.store, parameter, master_dtype)
