@@ -29,7 +29,7 @@ import re
 
 from torch import fx
 
-from spcompile.graph import is_deterministic_source
+from spcompile.graph import is_deterministic_source, written_inputs
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.passes.base import LAYER, Program, weight_views
 from spcompile.passes.structure import cut_by_width, parts_by_structure, weight_bytes_read
@@ -45,6 +45,8 @@ def find_layers(program: Program) -> None:
     if program.forward is not None:
         _label_backward(program, program.forward)
     else:
+        if program.backward is not None:
+            _tuck_saved(program)
         _label_forward(program)
     _label_weight_views(program)
     _copy_constants_to_readers(program)
@@ -65,6 +67,20 @@ def _tuck_getitems(program: Program) -> None:
         items = [user for user in node.users if user.target is operator.getitem and user.op == "call_function"]
         for item in sorted(items, reverse=True):
             node.append(item)
+
+
+def _tuck_saved(program: Program) -> None:
+    """Put what forward computes for backward alone right behind what it is computed from. The partitioner leaves it at
+    the end of the graph: it would be a segment of its own, and keep its inputs on the device until then."""
+    only_saved: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        is_read_later = any(user.op != "output" and user not in only_saved for user in node.users)
+        if node.op == "call_function" and node.users and not is_read_later and not written_inputs(node):
+            only_saved.add(node)
+    for node in [node for node in program.graph.nodes if node in only_saved]:
+        last = max(node.all_input_nodes, default=None)
+        if last is not None and last.op != "placeholder":
+            last.append(node)
 
 
 def module_path(node: fx.Node) -> str | None:
@@ -128,6 +144,8 @@ def _label_backward(program: Program, forward: Program) -> None:
     for node in reversed(recomputed):
         readers = [user for user in sorted(node.users) if LAYER in user.meta]
         node.meta[LAYER] = readers[0].meta[LAYER] if readers else node.meta[LAYER]
+    for node in program.graph.find_nodes(op="call_function", target=operator.getitem):
+        node.meta[LAYER] = node.all_input_nodes[0].meta.get(LAYER)
 
 
 def _cut_outside(program: Program) -> None:

@@ -150,7 +150,8 @@ class Machine:
         return self.copy_us + nbytes / (GATHERED * self.h2d_bytes_per_s) * 1e6
 
     def copy_time_us(self, nbytes: int, *, both: bool = False) -> float:
-        """Time of one copy to the device (or from it, if that is as fast) of ``nbytes``."""
+        """Time of one copy to the device of ``nbytes``; ``both``: while the link is busy the other way, too, and then
+        also of one from the device."""
         rate = self.both_bytes_per_s if both else self.h2d_bytes_per_s
         return self.copy_us + nbytes / rate * 1e6
 

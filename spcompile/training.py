@@ -32,43 +32,44 @@ def host_parameters(
     parameters: all of ``torch.optim``, schedulers, parameter groups (call this for each part of the model), state dicts
     that load into an optimizer over an ordinary model.
 
-    From the first call on the model's weights are updated on the host: eager code reads them over the link, weights
-    that a plan keeps on the device are copied there again after each step, and an edit of a host parameter other than by
-    an optimizer shows on the device as any other edit in place does (`spcompile.refresh` is for those through ``.data``).
+    From the first call on the model's weights are updated on the host: eager code reads them over the link, and weights
+    that a plan keeps on the device are copied there again after each step. Edits of a host parameter in place count
+    like those of any weight; `spcompile.refresh` is for edits through ``.data``.
 
     Args:
-        model: offloaded, or on the GPU and compiled with this backend, or some of its parameters. A model on the CPU has
-            CPU parameters already: they are returned as they are.
+        model: offloaded, or on the GPU and compiled with this backend, or some of its parameters. A model on the CPU
+            has CPU parameters already: they are returned as they are.
         master_dtype: None, or the dtype of copies that the optimizer works on, while the model has weights of lower
             precision (``torch.float32`` for a model in ``bfloat16``). After each step they are rounded to the weights.
 
     Returns:
-        One parameter for each of the model's, in the order of ``model.parameters()``; the same ones each time, as long
-        as they are held.
+        One parameter for each of the model's, in the order of ``model.parameters()``; the same ones each time.
 
     Raises:
-        OffloadError: a parameter is on a GPU and no weight of an offloaded or compiled model; or there is not enough
-            host memory.
+        OffloadError: a parameter is on a GPU, or copies in another precision were asked for, and the model is neither
+            offloaded nor has it been compiled and run; or there is not enough host memory.
         OptionError: a parameter was asked for in another precision before.
     """
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else list(model)
     watch_optimizers()
-    return [_host_parameter(each, master_dtype) for each in parameters]
+    found = [_host_parameter(each, master_dtype) for each in parameters]
+    for store in {tag.store for tag in map(tag_of, parameters) if tag is not None}:
+        store.settle()
+        store.hosted.show_gradients(store)  # of a backward before this call
+    return found
 
 
 def _host_parameter(parameter: nn.Parameter, master_dtype: torch.dtype | None) -> nn.Parameter:
     tag = tag_of(parameter)
-    on_cpu = tag is None or tag.store.rehomed
     if tag is None and parameter.device.type != "cpu":
         raise OffloadError(
             f"a parameter of shape {tuple(parameter.shape)} is on {parameter.device}, not in host memory: call "
             "spcompile.offload(model) first, or run the compiled model once"
         )
-    if on_cpu and master_dtype in (None, parameter.dtype):
+    is_own = tag is None or tag.store.rehomed or (tag.store.takes_in and parameter.device.type == "cpu")
+    if is_own and master_dtype in (None, parameter.dtype):
         return parameter
     if tag is None:
-        raise OffloadError(
-            "master copies need a model that is offloaded or compiled: call spcompile.offload(model) first"
-        )
+        raise OffloadError("master copies need an offloaded or compiled model: call spcompile.offload(model) first")
     tag.store.master_on_host()
     return tag.store.hosted.parameter_for(tag.store, parameter, master_dtype)

@@ -54,6 +54,16 @@ def compile_offloaded(model: nn.Module, *, seed: int = 0, **options: Any) -> Run
     return Run(torch.compile(model, backend="superpipeline", options={"compiler": "eager", **options}), store)
 
 
+def moved_by_plan(store: PageStore) -> list[tuple[Plan, int]]:
+    """Per plan in force, the bytes that its graphs have moved so far; forward and backward share one."""
+    moved: dict[int, int] = {}
+    plans: dict[int, Plan] = {}
+    for runtime in store.runtimes():
+        plans[id(runtime.plan)] = runtime.plan
+        moved[id(runtime.plan)] = moved.get(id(runtime.plan), 0) + runtime.bytes_moved
+    return [(plan, moved[key]) for key, plan in plans.items()]
+
+
 def expected_events(plan: Plan, iterations: int) -> list[Event]:
     """The whole event list of a graph that runs alone, from a cold start on."""
     on_the_way: set[tuple[int, int]] = set()

@@ -10,6 +10,9 @@ Why: planners compare plans by it, and people see where an iteration loses its t
     compute       0....1....2....3....4....0'       page 3 that of page 1
                        stalls: "link" where the copies stand end to end, "room" where the link waits for a slot
 
+In training gradients leave on a lane of their own. Compute waits for those of the send before the last one, to have
+their memory, and at the end for all. While gradients and pages share the link, each way is as slow as it then is.
+
 How: a slot is given back at a position of the schedule, so all that a copy waits for, beside the copies before it, is
 that compute reaches one position. This can be told from the plan alone (`_Schedule`), and an iteration is then one walk
 over steps and copies (`_replay`) without a thought for slots. The first copy that an iteration issues also waits until
@@ -44,9 +47,10 @@ class Span:
     """One stretch of work in a lane.
 
     Attributes:
-        lane: ``"compute"``, ``"H2D"`` or ``"D2H"`` (nothing leaves the device in inference: that lane is empty).
-        label: name of the segment or of the page.
-        step: the step that runs; the first step that reads what is copied (-1 if none does).
+        lane: ``"compute"``, ``"H2D"`` or ``"D2H"`` (gradients; empty in inference).
+        label: name of the segment, for gradients of the one that made them, or of the page.
+        step: the step that runs; the first step that reads what is copied (-1 if none does); the step that made what is
+            sent.
         iteration: which it belongs to, 0 for the cold one. A copy ahead belongs to the iteration that reads it.
         start_us, end_us: counted from the start of the cold iteration.
     """
@@ -64,14 +68,15 @@ class Stall:
     """Compute waits before a step.
 
     Attributes:
-        step: the step that could not start.
+        step: the step that could not start; the number of steps where it is the end of the iteration that waits.
         start_us: since when compute waits; counted from the start of the cold iteration.
         us: for how long.
-        page: the page that it waits for, the last one to arrive.
+        page: the page that it waits for, the last one to arrive; for gradients the segment that made them.
         cause: ``"link"``: earlier copies and this one have kept the link busy without a break ever since this one could
             start, that is, its slot was free and the iteration that issues it had begun. Otherwise the link stood idle,
             as this copy, or one before it in the queue, had something else to wait for: ``"room"``: that its slot comes
             free; ``"late"``: that the iteration which issues it begins, since the one before does not prefetch it.
+            ``"gradients"``: those of an earlier step have not left the device yet.
     """
 
     step: int
@@ -86,10 +91,11 @@ class Simulation:
     """What happens when.
 
     Attributes:
-        iteration_us: average of the last period. An iteration lasts from the end of the last run of the one before to
-            the end of its own last run.
+        iteration_us: average of the last period. An iteration lasts from the end of the one before to its own: until
+            its last step has run and its gradients are in host memory.
         compute_us: sum of the steps of one iteration.
-        link_us: sum of the copies of one iteration.
+        link_us: sum of the copies to the device of one iteration.
+        down_us: sum of the copies of gradients from the device.
         spans: of all simulated iterations, the cold one first, in order of start; copies for the one that would follow
             included.
         stalls: of the first iteration of the last period.
@@ -101,6 +107,7 @@ class Simulation:
     iteration_us: float
     compute_us: float
     link_us: float
+    down_us: float
     spans: tuple[Span, ...]
     stalls: tuple[Stall, ...]
     memory: tuple[tuple[float, int], ...]
@@ -109,7 +116,7 @@ class Simulation:
     @property
     def bound_us(self) -> float:
         """No schedule with these copies has shorter iterations."""
-        return max(self.compute_us, self.link_us)
+        return max(self.compute_us, self.link_us, self.down_us)
 
 
 def simulate(plan: Plan, machine: Machine, *, iterations: int | None = None) -> Simulation:
@@ -136,6 +143,7 @@ def simulate(plan: Plan, machine: Machine, *, iterations: int | None = None) -> 
         iteration_us=_average_us(history, period),
         compute_us=schedule.compute_us,
         link_us=schedule.link_us,
+        down_us=sum(schedule.send_us),
         spans=tuple(sorted(_spans(plan, history), key=lambda span: span.start_us)),
         stalls=tuple(_stalls(plan, schedule, history, max(1, len(history) - period))),
         memory=tuple(_memory(plan, history)),
@@ -173,20 +181,29 @@ class _Schedule:
     Attributes:
         step_us: time of each step.
         copy_us: time of the copy of each interval.
+        send_us: for each step, time of the copies of the gradients that it makes; 0 where it makes none.
         loads: for each step, the intervals whose copies it waits for.
         cold: the copies of a cold iteration.
         warm: those of a warm one in each phase; of one phase where the others are the same.
     """
 
     def __init__(self, plan: Plan, machine: Machine) -> None:
-        page_us = [machine.copy_time_us(page.nbytes) for page in plan.pages]
+        # Copies that backward issues share the link with the gradients that go the other way.
+        returns = len(plan.steps) if plan.backward_step is None or not plan.gradients_bytes else plan.backward_step
         # What is read in place takes compute's time: its kernel waits for the link.
         gathered_bytes = [plan.gathered_bytes(step) for step in range(len(plan.steps))]
         self.step_us = [
             step.compute_us + (machine.gather_time_us(nbytes) if nbytes else 0.0)
             for step, nbytes in zip(plan.steps, gathered_bytes, strict=True)
         ]
-        self.copy_us = [page_us[interval.page] for interval in plan.intervals]
+        self.copy_us = [
+            machine.copy_time_us(plan.pages[interval.page].nbytes, both=interval.start_step >= returns)
+            for interval in plan.intervals
+        ]
+        self.send_us = [
+            machine.copy_time_us(step.gradients_bytes, both=True) if step.gradients_bytes else 0.0
+            for step in plan.steps
+        ]
         self.loads: list[list[int]] = [[] for _ in plan.steps]
         self.requests: list[tuple[int, int, int]] = []  # position, interval, ahead
         for action in plan.actions():
@@ -258,13 +275,16 @@ class _Iteration(NamedTuple):
 
     Attributes:
         copies: those that it issued, for itself and for the next one.
-        starts_us: of its steps.
-        reached_us: when compute reached each position: its begin, and the end of each step.
+        starts_us, ends_us: of its steps.
+        sends: steps that send gradients, each with start and end of the copies.
+        reached_us: when compute reached each position: its begin, and what follows each step.
         arrived_us: when the pages for it arrived, by interval.
     """
 
     copies: list[_Copy]
     starts_us: list[float]
+    ends_us: list[float]
+    sends: list[tuple[int, float, float]]
     reached_us: list[float]
     arrived_us: dict[int, float]
 
@@ -275,12 +295,12 @@ class _Iteration(NamedTuple):
 
 def _replay(schedule: _Schedule) -> Iterator[_Iteration]:
     """One iteration after the other, without an end."""
-    now_us = link_us = 0.0
+    now_us = link_us = down_us = 0.0
     arrived_us: dict[int, float] = {}
     issues = schedule.cold
     n_warm = 0
     while True:
-        done = _Iteration([], [], [now_us], arrived_us)
+        done = _Iteration([], [], [], [], [now_us], arrived_us)
         ahead_us: dict[int, float] = {}
         for position, issued in enumerate(issues):
             for issue in issued:
@@ -296,7 +316,14 @@ def _replay(schedule: _Schedule) -> Iterator[_Iteration]:
                 now_us = max(now_us, arrived_us[interval])
             done.starts_us.append(now_us)
             now_us += schedule.step_us[position]
+            done.ends_us.append(now_us)
+            if schedule.send_us[position]:
+                started_us = max(now_us, down_us)
+                now_us = max(now_us, down_us)  # those of the send before are awaited, to have their memory
+                down_us = started_us + schedule.send_us[position]
+                done.sends.append((position, started_us, down_us))
             done.reached_us.append(now_us)
+        now_us = done.reached_us[-1] = max(now_us, down_us)
         yield done
         arrived_us = ahead_us
         n_warm += 1
@@ -336,7 +363,9 @@ def _spans(plan: Plan, history: Sequence[_Iteration]) -> Iterator[Span]:
             label, step = names[plan.intervals[issue.interval].page], load_steps[issue.interval]
             yield Span("H2D", label, step, index + issue.ahead, copy.start_us, copy.end_us)
         for step, start_us in enumerate(iteration.starts_us):
-            yield Span("compute", plan.steps[step].segment, step, index, start_us, iteration.reached_us[step + 1])
+            yield Span("compute", plan.steps[step].segment, step, index, start_us, iteration.ends_us[step])
+        for step, start_us, end_us in iteration.sends:
+            yield Span("D2H", plan.steps[step].segment, step, index, start_us, end_us)
 
 
 def _stalls(plan: Plan, schedule: _Schedule, history: Sequence[_Iteration], index: int) -> Iterator[Stall]:
@@ -344,6 +373,8 @@ def _stalls(plan: Plan, schedule: _Schedule, history: Sequence[_Iteration], inde
     causes = _causes(history[: index + 1])
     iteration = history[index]
     tolerance_us = ROUNDING * (iteration.end_us - iteration.reached_us[0])
+    sent = ""
+    senders = {step for step, _, _ in iteration.sends}
     for step, loads in enumerate(schedule.loads):
         since_us = iteration.reached_us[step]
         stall_us = iteration.starts_us[step] - since_us
@@ -351,6 +382,12 @@ def _stalls(plan: Plan, schedule: _Schedule, history: Sequence[_Iteration], inde
             awaited = max(loads, key=lambda interval: iteration.arrived_us[interval])
             name = plan.pages[plan.intervals[awaited].page].name
             yield Stall(step, since_us, stall_us, name, causes[index, awaited])
+        is_end = step + 1 == len(plan.steps)
+        sent_last = plan.steps[step].segment if step in senders else sent
+        stall_us = iteration.reached_us[step + 1] - iteration.ends_us[step]
+        if stall_us > tolerance_us:
+            yield Stall(step + 1, iteration.ends_us[step], stall_us, sent_last if is_end else sent, "gradients")
+        sent = sent_last
 
 
 def _causes(history: Sequence[_Iteration]) -> dict[tuple[int, int], str]:
@@ -390,4 +427,4 @@ def _changes(plan: Plan, history: Sequence[_Iteration]) -> Iterator[tuple[float,
                 yield reader.reached_us[interval.end_step], -page_bytes[interval.page]
         for step, start_us in enumerate(iteration.starts_us):
             yield start_us, plan.steps[step].activations_bytes
-            yield iteration.reached_us[step + 1], -plan.steps[step].activations_bytes
+            yield iteration.ends_us[step], -plan.steps[step].activations_bytes

@@ -91,14 +91,17 @@ class Arena:
     def find(self, offset_bytes: int, page: str, version: Hashable) -> Tenant | None:
         """The tenant at this offset, if it is this page in this version and has not been evicted."""
         for tenant in self.tenants:
-            if tenant.offset_bytes == offset_bytes and tenant.page == page and tenant.version == version:
-                return tenant if tenant.released is None else None
+            is_there = tenant.released is None and tenant.offset_bytes == offset_bytes
+            if is_there and tenant.page == page and tenant.version == version:
+                return tenant
         return None
 
     def claim(self, offset_bytes: int, nbytes: int) -> list[Any]:
         """Turn out every tenant of the range; returns the events of their last readers, for the copy to wait for."""
         leaving = [tenant for tenant in self.tenants if tenant.overlaps(offset_bytes, nbytes)]
-        self.tenants = [tenant for tenant in self.tenants if not tenant.overlaps(offset_bytes, nbytes)]
+        # A page of empty weights takes no bytes, so nobody's claim would ever turn it out.
+        gone = [tenant for tenant in self.tenants if tenant.released is not None and not tenant.nbytes]
+        self.tenants = [tenant for tenant in self.tenants if tenant not in leaving and tenant not in gone]
         for tenant in leaving:
             assert not tenant.held, f"{tenant.page} is still in use at {offset_bytes}"
         return [tenant.released for tenant in leaving if tenant.released is not None]

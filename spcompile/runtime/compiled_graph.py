@@ -169,12 +169,12 @@ class CompiledGraph:
 
 def _gather_gradients(store: PageStore) -> None:
     """Around a backward of a model with parameters on the host: its end shows them their gradients."""
-    store.hosted.follow_zeroing(store)
 
-    def show() -> None:
+    def end() -> None:
         with store.lock:
             store.settle()
-            store.hosted.show_gradients(store)
+            store.hosted.end_backward(store)
 
-    # Runs when the whole backward has ended; autograd offers this to whoever is called from it.
-    torch.autograd.Variable._execution_engine.queue_callback(show)  # type: ignore[attr-defined]
+    # Private, but there is no other way to tell one backward from the next, nor to know when it has ended.
+    if store.hosted.begin_backward(store, torch._C._current_graph_task_id()):
+        torch.autograd.Variable._execution_engine.queue_callback(end)

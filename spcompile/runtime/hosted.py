@@ -7,8 +7,8 @@ the homes are what counts: device copies of weights are only copies (`PageStore.
 Gradients come the same way. At the end of each backward, when they have arrived in host memory, the parameter on the
 host gets a ``.grad`` that looks at the memory of the model's parameter's ``.grad``: it is one gradient with two faces,
 added up, clipped and zeroed through either. Only setting one of the two to None leaves no trace on the other one; the
-next backward looks for that before it starts. A gradient that is not in such memory (of an eager backward, or in
-another precision) is copied, and copied back where it was changed.
+next backward, and the next optimizer step, look for that before they start. A gradient that is not in such memory (of
+an eager backward, or in another precision) is copied, and copied back where it was changed.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ class HostParameters:
 
     def __init__(self) -> None:
         self._pairs: list[_Pair] = []
+        self._running: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self._pairs)
 
     def parameter_for(self, store: PageStore, parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
-        """The parameter on the host; the same one as last time, while somebody holds it.
+        """The parameter on the host; the same one each time.
 
         Args:
             store: the one that these parameters belong to; the parameter's weight has its home there.
@@ -63,7 +64,7 @@ class HostParameters:
                 written to the home after each optimizer step.
 
         Raises:
-            OptionError: there is one in another precision.
+            OptionError: there is one in another precision already.
         """
         for pair in self._pairs:
             host: nn.Parameter | None = pair.host()
@@ -71,7 +72,7 @@ class HostParameters:
                 continue
             if host.dtype != (dtype or parameter.dtype):
                 raise OptionError(
-                    f"the host parameter of {pair.name!r} is of {host.dtype}, not of {dtype}: let go of that one first"
+                    f"the host parameter of {pair.name!r} is of {host.dtype}, not of {dtype or parameter.dtype}"
                 )
             return host
         host = self._make(store, parameter, dtype)
@@ -86,6 +87,7 @@ class HostParameters:
             home = _looking_at(store.weights[tag.name].host, parameter)
             host = nn.Parameter(home.to(dtype) if is_master else home, requires_grad=parameter.requires_grad)
         store.attach(host, tag.name)  # its edits count, and the hooks of optimizers find the store
+        tag.hosted.append(host)
         pair = _Pair(TensorWeakRef(parameter), TensorWeakRef(host), tag.name, is_master)
         self._pairs.append(pair)
         return host
@@ -115,8 +117,32 @@ class HostParameters:
     def _is_news(pair: _Pair, gradient: Tensor) -> bool:
         return pair.shown is None or pair.shown[0]() is not gradient or pair.shown[1] != gradient._version
 
+    def begin_backward(self, store: PageStore, backward: int) -> bool:
+        """Called by each graph of a backward.
+
+        Args:
+            backward: its number.
+
+        Returns:
+            Whether it has just begun, and `end_backward` is to be called when it has ended.
+        """
+        if self._running == backward:
+            return False
+        if self._running is not None:  # it was cut short by an exception; what has landed of it was never shown
+            for pair, model, host in self._living():
+                if host.grad is None and model.grad is not None and self._is_news(pair, model.grad):
+                    model.grad = None
+        self._running = backward
+        self.follow_zeroing(store)
+        return True
+
+    def end_backward(self, store: PageStore) -> None:
+        """All gradients have arrived."""
+        self._running = None
+        self.show_gradients(store)
+
     def follow_zeroing(self, store: PageStore) -> None:
-        """Before a backward: a gradient that was set to None, or changed, on one side is so on the other one."""
+        """A gradient that was set to None, or changed, on one side is so on the other one."""
         with real_tensors():
             for pair, model, host in self._living():
                 if pair.shown is None:

@@ -37,6 +37,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
     for store in _stores(optimizer):
         if store.hosted or store.rehomed:  # the host is about to write what copies read
             store.settle()
+            store.hosted.follow_zeroing(store)
             store.hosted.show_gradients(store)
 
 

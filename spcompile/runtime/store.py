@@ -26,7 +26,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -249,6 +249,21 @@ class PageStore:
         name = ".".join(parts[0] for parts in shared) or weights[0].name
         self.pages.append(Page(_free_name(name, taken), weights))
         return self.pages[-1]
+
+    def page_like(self, page: Page, names: Mapping[str, str]) -> Page | None:
+        """The page that has these weights where another one has its own; see `page_of`.
+
+        Args:
+            page: the other one.
+            names: for its weights, those in their places. A backward graph may not see all of them: the page is then
+                one that the forward graph has found.
+        """
+        for each in self.pages:
+            same_sizes = [weight.nbytes for weight in each.weights] == [weight.nbytes for weight in page.weights]
+            pairs = zip(page.weights, each.weights, strict=False)
+            if same_sizes and all(names.get(own.name, other.name) == other.name for own, other in pairs):
+                return self.page_of(each.weights)
+        return self.page_of(tuple(Weight(names.get(own.name, own.name), own.nbytes) for own in page.weights))
 
     def _moved(self) -> None:
         """A weight has other memory now."""

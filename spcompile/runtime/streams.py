@@ -296,9 +296,9 @@ def _free(memory: Tensor | Deferred) -> None:
     tensor, memory.tensor = memory.tensor, None
     storage: Any = tensor.untyped_storage() if tensor is not None else None
     if tensor is not None and torch._C._storage_Use_Count(storage._cdata) == 2:  # the two variables above
-        _fill(tensor)
+        _fill(torch.empty(0, dtype=torch.uint8).set_(storage))
 
 
 def _fill(memory: Tensor) -> None:
     with torch.no_grad():
-        memory.view(torch.uint8).fill_(POISON)
+        memory.fill_(POISON)

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.ir import Interval, Page, Plan, Weight
+from spcompile.ir import Interval, Page, Plan
 from spcompile.runtime.arena import Arena, Tenant
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.weights import WeightView
@@ -118,12 +118,12 @@ class Transfers(torch.nn.Module):
         store = self.store
         arena = store.arena
         arena.reserve(self.plan.arena_bytes)
+        self._bind(store, weights)
         if not self._continues(store):
             arena.release_all()
         self._held.clear()
         self._sent = None
         self._began = arena.streams.compute_record()
-        self._bind(store, weights)
         self._versions = {
             page: store.version([weight.name for weight in self._pages[page].weights]) for page in self.page_inputs
         }
@@ -133,8 +133,10 @@ class Transfers(torch.nn.Module):
 
     def _continues(self, store: PageStore) -> bool:
         """Whether the graph before this one was the forward of this backward: what it left held is for this one."""
-        before = store.latest[0]() if store.latest is not None else None
-        return self.layout.is_backward and before is not None and before.is_forward_of(self.plan)
+        reference, binding = store.latest or (None, ())
+        before = reference() if reference is not None else None
+        is_forward = before is not None and before.is_forward_of(self.plan)
+        return self.layout.is_backward and is_forward and binding == self._binding
 
     def is_forward_of(self, plan: Plan) -> bool:
         """Whether this is the forward graph of that plan for training."""
@@ -165,7 +167,7 @@ class Transfers(torch.nn.Module):
         """
         store = self.store
         heads = [self.plan.intervals[index] for index in self._heads[:count]]
-        if count == 1:
+        if count == 1 and heads:
             self._phase_ahead = self._free_phase(store.arena, heads[0])
         for interval in heads:
             page, slot_index = pages[interval.page], interval.slots[self._phase_ahead]
@@ -324,7 +326,7 @@ class Transfers(torch.nn.Module):
     def _bind_page(self, store: PageStore, index: int, arguments: Sequence[Tensor]) -> bool:
         """Bind a page to the weights that these arguments look at; False where they are not such weights."""
         page = self.plan.pages[index]
-        names = {weight.name: weight.name for weight in page.weights}
+        names: dict[str, str] = {}
         for view, argument in zip(self.page_inputs[index], arguments, strict=True):
             name = store.name_at(argument)
             if name is None or argument.storage_offset() != view.storage_offset:
@@ -332,7 +334,7 @@ class Transfers(torch.nn.Module):
             names[view.weight] = name
             if not store.rehomed:
                 store.attach(argument, name)  # its edits count from now on
-        bound = store.page_of(tuple(Weight(names[weight.name], weight.nbytes) for weight in page.weights))
+        bound = store.page_like(page, names)
         if bound is None:
             return False
         if not self._is_shared:

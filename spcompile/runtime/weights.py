@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +32,14 @@ TAG = "_spcompile_tag"
 
 @dataclass(frozen=True, eq=False)
 class Tag:
-    """On a tensor: the store and the name of the weight that the tensor looks at. Find it with `tag_of`."""
+    """On a tensor: the store and the name of the weight that the tensor looks at. Find it with `tag_of`.
+
+    ``hosted`` keeps a parameter's parameter on the host alive (``hosted.py``).
+    """
 
     store: PageStore
     name: str
+    hosted: list[Tensor] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied tensor is an ordinary one."""

@@ -141,3 +141,24 @@ def test_a_graph_may_write_a_weight_that_an_earlier_graph_streams() -> None:
             assert torch.equal(run.model(x), plain(x)), training
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(parameter, other)
+
+
+def test_a_page_of_empty_weights_is_found_again() -> None:
+    """It takes no bytes: no other page turned its last tenancy out, and each iteration brought it anew."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(0), nn.Linear(8, 8)).eval()
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, empty, last = self.layers
+            y: Tensor = last(torch.relu(first(x))) + empty(x[:, :0]).sum()
+            return y
+
+    run = compile_offloaded(Beside(), k=3, m=1)
+    with torch.no_grad():
+        for _ in range(4):
+            run.model(torch.randn(2, 8))
+    assert len(run.store.arena.tenants) <= len(run.plan.pages) + 1

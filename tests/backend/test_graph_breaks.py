@@ -163,7 +163,7 @@ def test_training_and_evaluation_share_pages_and_arena() -> None:
             assert torch.equal(mine.grad, other.grad)
     plans = spcompile.plan(side.fast)
     assert isinstance(plans, Plans)
-    assert len(plans) == 6, "two pieces: inference, forward, backward"
+    assert len(plans) == 4, "two pieces: inference and training"
     assert len(plans.pages) == 7
     assert side.store.arena.memory.numel() == plans.arena_bytes
 

@@ -1,0 +1,499 @@
+"""Optimizers over ``spcompile.host_parameters``: the CPU's own view of the weights, and of their gradients.
+
+Training with them is bit for bit that with the model's own parameters and every page resident. Most tests take the
+recipes of ``test_training.py`` and give their optimizers the host's parameters instead.
+
+That no weight is kept twice is seen by addresses.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spcompile
+from spcompile import host_parameters
+from spcompile.runtime.store import find_store
+from tests.backend.test_training import (
+    CASES,
+    EVERY_WAY,
+    INTERRUPTS,
+    RESIDENT,
+    STREAMED,
+    WAYS,
+    Layout,
+    Recipe,
+    Seen,
+    Stack,
+    Trainee,
+    adamw,
+    assert_close,
+    assert_same,
+    build,
+    compile_as,
+    first_half,
+    interrupted_loop,
+    plain_loop,
+    references,
+    resident,
+    second_half,
+    sgd,
+    tokens,
+    train,
+    train_alone,
+    train_plain,
+    whole_curve,
+)
+from tests.backend.test_training import TOGETHER as ALL_TOGETHER
+
+
+@dataclass
+class HostTrainee(Trainee):
+    """Its optimizers are given the host's parameters."""
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        names = [name for name, _ in self.model.named_parameters()]
+        return dict(zip(names, host_parameters(self.model), strict=True))
+
+
+def start(layout: Layout, way: str, **options: Any) -> HostTrainee:
+    model = build(layout)
+    return HostTrainee(model, compile_as(way, model, **{**STREAMED, **options}))
+
+
+def train_on_host(recipe: Recipe, layout: Layout, way: str) -> Seen:
+    return train(recipe, start(layout, way), streams=True)
+
+
+# What they are.
+
+
+@EVERY_WAY
+def test_one_for_each_parameter(way: str) -> None:
+    """In the same order, tied weights once, and always the same objects."""
+    trainee = start(Layout(tied=True), way)
+    found = host_parameters(trainee.model)
+    for _ in range(2):
+        own = list(trainee.model.parameters())
+        assert len(found) == len(own)
+        for one, other in zip(found, own, strict=True):
+            assert isinstance(one, nn.Parameter)
+            assert one.is_leaf
+            assert one.device.type == "cpu"
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+            assert one.requires_grad == other.requires_grad
+            assert torch.equal(one, other)
+        plain_loop(trainee, n_iterations=2)
+        assert all(one is other for one, other in zip(host_parameters(trainee.model), found, strict=True))
+
+
+@EVERY_WAY
+def test_parts_of_a_model(way: str) -> None:
+    """Of a module within it, and of a list and an iterator of parameters."""
+    model = start(Layout(), way).model
+    whole = dict(zip((name for name, _ in model.named_parameters()), host_parameters(model), strict=True))
+    layer = model.layers[1]
+    expected = [each for name, each in whole.items() if name.startswith("layers.1.")]
+    for part in (layer, list(layer.parameters()), layer.parameters()):
+        found = host_parameters(part)
+        assert len(found) == len(expected)
+        assert all(one is other for one, other in zip(found, expected, strict=True))
+    (bias,) = host_parameters([model.head.bias])
+    assert bias is whole["head.bias"]
+
+
+def test_of_a_model_on_the_cpu_they_are_its_own() -> None:
+    trainee = start(Layout(), "on the CPU")
+    for _ in range(2):
+        found = host_parameters(trainee.model)
+        assert all(one is other for one, other in zip(found, trainee.model.parameters(), strict=True))
+        plain_loop(trainee, n_iterations=1)
+
+
+@EVERY_WAY
+def test_no_weight_is_kept_twice(way: str) -> None:
+    """Where every page is streamed, a parameter and its host's parameter are the same bytes, before and after steps."""
+    trainee = start(Layout(), way)
+    plain_loop(trainee, n_iterations=1)
+    for _ in range(2):
+        assert_same_bytes(trainee.model)
+        plain_loop(trainee, n_iterations=1)
+    assert_same_bytes(trainee.model)
+
+
+def assert_same_bytes(model: nn.Module) -> None:
+    store = find_store(model.parameters())
+    assert store is not None
+    streamed = {
+        weight.name
+        for runtime in store.runtimes()
+        for each in runtime.plan.intervals
+        for weight in runtime.plan.pages[each.page].weights
+    }
+    assert streamed
+    for (name, own), other in zip(model.named_parameters(), host_parameters(model), strict=True):
+        if name in streamed:
+            assert own.data_ptr() == other.data_ptr(), name
+
+
+@EVERY_WAY
+def test_edits_are_seen_from_both_sides(way: str) -> None:
+    trainee, plain = start(Layout(), way), build(Layout())
+    trainee.evaluate(tokens(0))
+    with torch.no_grad():
+        for own, theirs in zip(host_parameters(trainee.model), plain.parameters(), strict=True):
+            own.data.mul_(1.5)
+            theirs.mul_(1.5)
+        spcompile.refresh(trainee.model)
+        assert_equal_weights(trainee.model, plain)
+        torch.testing.assert_close(trainee.call(tokens(0)).loss, plain(tokens(0)).loss)
+        for model in (trainee.model, plain):
+            model.head.weight.add_(0.25)
+        assert_equal_weights(trainee.model, plain)
+        torch.testing.assert_close(trainee.call(tokens(0)).loss, plain(tokens(0)).loss)
+
+
+def assert_equal_weights(model: nn.Module, plain: nn.Module) -> None:
+    """The model's weights, seen in every way, are those of the plain one."""
+    state = model.state_dict()
+    for (name, own), other, host in zip(
+        model.named_parameters(), plain.parameters(), host_parameters(model), strict=True
+    ):
+        assert torch.equal(own, other), name
+        assert torch.equal(host, other), name
+        assert torch.equal(state[name], other), name
+
+
+# Training.
+
+HOST_CASES = (
+    "SGD with momentum",
+    "SGD, fused",
+    "AdamW, foreach",
+    "AdamW, fused",
+    "a scheduler",
+    "parameter groups",
+    "accumulation",
+    "accumulation, different shapes",
+    "clipping",
+    "optimizer.zero_grad()",
+    "optimizer.zero_grad(False)",
+    "model.zero_grad(False)",
+    "a frozen layer",
+    "all but the head frozen",
+    "adapters",
+    "tied weights",
+    "tied weights, accumulation",
+    "bf16 weights",
+    "autocast around",
+    "GradScaler",
+    "dropout",
+    "batch norm",
+    "evaluation",
+    "checkpointed layers",
+    "graph breaks",
+    "two backwards",
+    "two losses",
+    "two forwards, then backwards",
+    "two calls in one loss",
+)
+"""Of the cases of ``test_training.py``; those that are left out look at what autograd does with own parameters."""
+
+
+@functools.lru_cache(maxsize=1)
+def started(layout: Layout, way: str) -> HostTrainee:
+    """One model for all that is done with it in one way: compiling takes most of the time."""
+    return start(layout, way)
+
+
+TOGETHER = [name for names in ALL_TOGETHER.values() for name in names if name in HOST_CASES]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for layout in ALL_TOGETHER for way in WAYS for name in TOGETHER if CASES[name].layout == layout],
+)
+def test_training_is_exact(name: str, way: str) -> None:
+    case = CASES[name]
+    expected = references(case.layout)[name]
+    assert_same(train(case.recipe, started(case.layout, way), streams=True), expected)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("name", [name for name in HOST_CASES if name not in TOGETHER])
+def test_training_alone_is_exact(name: str, way: str) -> None:
+    case = CASES[name]
+    assert_same(train_on_host(case.recipe, case.layout, way), resident(case.recipe, case.layout))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (name, way)
+        for way in WAYS
+        for name in ("middle layer, backward", "KeyboardInterrupt, backward", "a hook of a weight")
+    ],
+)
+def test_after_an_exception_training_goes_on(name: str, way: str) -> None:
+    layout = Layout(fragile=True)
+    recipe = functools.partial(interrupted_loop, interrupt=INTERRUPTS[name])
+    assert_same(train(recipe, started(layout, way), streams=True), resident(plain_loop, layout))
+
+
+def parameters_for(trainee: Trainee, what: Any) -> list[nn.Parameter]:
+    """What an optimizer is given of a part of the model."""
+    if isinstance(trainee, HostTrainee):
+        return host_parameters(what)
+    return list(what.parameters()) if isinstance(what, nn.Module) else list(what)
+
+
+def with_groups_of_parts(trainee: Trainee) -> None:
+    """Learning rates of their own for modules and for lists of parameters."""
+    model = trainee.model
+    groups = [
+        {"params": parameters_for(trainee, model.embed), "lr": 0.3},
+        {"params": parameters_for(trainee, model.layers), "weight_decay": 0.1},
+        {"params": parameters_for(trainee, [model.head.weight, model.head.bias]), "lr": 0.01},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    for seed in range(3):
+        trainee.iterate(optimizer, tokens(seed))
+
+
+def with_an_optimizer_for_each_half(trainee: Trainee) -> None:
+    """One over what the host has of the layers, one over the model's own embedding and head."""
+    layers = [each for name, each in trainee.named.items() if name.startswith("layers")]
+    others = [each for name, each in trainee.model.named_parameters() if not name.startswith("layers")]
+    optimizers = [sgd(layers), sgd(others)]
+    for seed in range(3):
+        trainee.forward_backward(tokens(seed))
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        trainee.see_weights()
+
+
+def with_zero_grad(trainee: Trainee, owners: tuple[str, ...], set_to_none: bool) -> None:
+    """Of the optimizer or of the model, in turns: either clears what both have. What is set to None on one side only is
+    still seen on the other one until the next backward."""
+    optimizer = sgd(trainee.parameters)
+    for seed in range(4):
+        trainee.forward_backward(tokens(seed))
+        trainee.see_gradients()
+        optimizer.step()
+        owner = owners[seed % len(owners)]
+        (optimizer if owner == "optimizer" else trainee.model).zero_grad(set_to_none=set_to_none)
+        cleared = trainee.parameters if owner == "optimizer" else list(trainee.model.parameters())
+        for parameter in cleared if set_to_none else (*cleared, *trainee.parameters):
+            assert parameter.grad is None or (not set_to_none and not parameter.grad.any())
+        trainee.see_weights()
+
+
+RECIPES: dict[str, Recipe] = {
+    "groups of parts": with_groups_of_parts,
+    "an optimizer for each half": with_an_optimizer_for_each_half,
+    **{
+        f"zero_grad({set_to_none}) of {' and '.join(owners)}": functools.partial(
+            with_zero_grad, owners=owners, set_to_none=set_to_none
+        )
+        for set_to_none in (True, False)
+        for owners in (("optimizer",), ("model",), ("optimizer", "model"))
+    },
+}
+
+
+@functools.lru_cache(maxsize=1)
+def own_references() -> dict[str, Seen]:
+    model = build(Layout())
+    trainee = Trainee(model, compile_as("on the device", model, **RESIDENT))
+    return {name: train(recipe, trainee, streams=False) for name, recipe in RECIPES.items()}
+
+
+@pytest.mark.parametrize(("name", "way"), [(name, way) for way in WAYS for name in RECIPES])
+def test_recipes_are_exact(name: str, way: str) -> None:
+    expected = own_references()[name]
+    assert_same(train(RECIPES[name], started(Layout(), way), streams=True), expected)
+
+
+@EVERY_WAY
+def test_frozen_parameters_have_no_gradient(way: str) -> None:
+    trainee = start(Layout(trained="^head"), way)
+    trainee.forward_backward(tokens(0))
+    assert {name for name, each in trainee.named.items() if each.grad is not None} == {"head.weight", "head.bias"}
+
+
+@EVERY_WAY
+def test_an_optimizer_over_the_models_own_parameters_still_trains(way: str) -> None:
+    """Even where somebody has asked for the host's parameters."""
+    model = build(Layout())
+    trainee = Trainee(model, compile_as(way, model, **STREAMED))
+    host_parameters(model)
+    assert_same(train(plain_loop, trainee, streams=True), resident(plain_loop, Layout()))
+    assert_equal_weights(model, copy.deepcopy(model))
+
+
+# Checkpoints.
+
+
+@EVERY_WAY
+def test_state_of_an_optimizer_goes_to_an_ordinary_one_and_back(way: str) -> None:
+    layout, saved, plain_saved = Layout(), list[bytes](), list[bytes]()
+    expected = resident(whole_curve, layout)
+    later = expected[len(expected) // 2 :]
+    trainee = start(layout, way)
+    assert_same(train(functools.partial(first_half, saved=saved), trainee, streams=True), expected[: len(later)])
+    ordinary = train_alone(functools.partial(second_half, saved=saved, warm=False), layout, way, **RESIDENT)
+    assert_same(ordinary, later)
+    assert_close(train_plain(functools.partial(second_half, saved=saved, warm=False), layout), later, 1e-2)
+    again = start(layout, way)
+    assert_same(train(functools.partial(second_half, saved=saved, warm=True), again, streams=True), later)
+    train_plain(functools.partial(first_half, saved=plain_saved), layout)
+    back = train(functools.partial(second_half, saved=plain_saved, warm=False), start(layout, way), streams=True)
+    assert_close(back, later, 1e-2)
+
+
+@EVERY_WAY
+def test_a_saved_optimizer_holds_no_page(way: str) -> None:
+    """Its file is as large as an ordinary optimizer's."""
+    trainee, plain = start(Layout(), way), build(Layout())
+    sizes = []
+    for each in (trainee, Trainee(plain, plain)):
+        optimizer = adamw(each.parameters)
+        each.iterate(optimizer, tokens(0))
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        sizes.append(len(buffer.getvalue()))
+    assert abs(sizes[0] - sizes[1]) < sizes[1] / 10
+
+
+# Residents.
+
+
+def start_with_little(layout: Layout, way: str) -> HostTrainee:
+    """With a budget that keeps some of the weights on the device."""
+    plan = spcompile.plan(build(layout), (tokens(0),), k=2, device="cpu", compiler="aot_eager")
+    points = [point for point in plan.tradeoff() if point.plan.residents and point.plan.intervals]
+    return start(layout, way, k=None, m=None, budget=points[-1].peak_bytes)
+
+
+@EVERY_WAY
+def test_with_residents(way: str) -> None:
+    """Their copies on the device are renewed after each step."""
+    layout = Layout()
+    trainee = start_with_little(layout, way)
+    assert_same(train(whole_curve, trainee, streams=True), resident(whole_curve, layout))
+    store = find_store(trainee.model.parameters())
+    assert store is not None
+    plans = [runtime.plan for runtime in store.runtimes()]
+    assert any(plan.residents for plan in plans)
+    assert any(plan.intervals for plan in plans)
+    assert_equal_weights(trainee.model, copy.deepcopy(trainee.model))
+
+
+# Masters in another precision.
+
+
+@dataclass
+class MasterTrainee(Trainee):
+    """Its optimizer is given masters in fp32."""
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        names = [name for name, _ in self.model.named_parameters()]
+        masters = host_parameters(self.model, master_dtype=torch.float32)
+        return dict(zip(names, masters, strict=True))
+
+
+def with_masters(trainee: Trainee) -> None:
+    """The masters after each step, and the weights that the model has of them."""
+    optimizer = adamw(trainee.parameters)
+    for seed in range(4):
+        trainee.forward_backward(tokens(seed))
+        optimizer.step()
+        for name, master in trainee.named.items():
+            assert master.dtype == torch.float32
+            trainee.see(f"master {name}", master)
+        optimizer.zero_grad()
+        assert all(each.grad is None for each in trainee.parameters)
+        trainee.see_weights()
+
+
+def with_classic_masters(trainee: Trainee) -> None:
+    """The same by hand: a copy in fp32, gradients copied to it, and weights copied back."""
+    own = dict(trainee.model.named_parameters())
+    masters = {name: nn.Parameter(each.detach().float()) for name, each in own.items()}
+    optimizer = adamw(list(masters.values()))
+    for seed in range(4):
+        trainee.forward_backward(tokens(seed))
+        for name, master in masters.items():
+            gradient = own[name].grad
+            master.grad = None if gradient is None else gradient.float()
+        optimizer.step()
+        with torch.no_grad():
+            for name, master in masters.items():
+                own[name].copy_(master)
+                trainee.see(f"master {name}", master)
+        trainee.model.zero_grad()
+        trainee.see_weights()
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("tied", [False, True])
+def test_masters_in_fp32(tied: bool, way: str) -> None:
+    """Bit for bit the classic recipe, whose small steps bf16 alone would lose."""
+    layout = Layout(dtype=torch.bfloat16, tied=tied)
+    model = build(layout)
+    trainee = MasterTrainee(model, compile_as(way, model, **STREAMED))
+    if way != "offloaded":
+        with pytest.raises(spcompile.OffloadError, match="offload"):
+            host_parameters(model, master_dtype=torch.float32)
+        trainee.call(tokens(0))
+    seen = train(with_masters, trainee, streams=True)
+    assert_same(seen, train_alone(with_classic_masters, layout, way, **RESIDENT))
+
+
+@EVERY_WAY
+def test_masters_are_apart_from_the_weights(way: str) -> None:
+    """Always the same objects; not those of the weights' own precision."""
+    model = build(Layout(dtype=torch.bfloat16))
+    compile_as(way, model, **STREAMED)(tokens(0))
+    masters = host_parameters(model, master_dtype=torch.float32)
+    again = host_parameters(model, master_dtype=torch.float32)
+    assert all(one is other for one, other in zip(masters, again, strict=True))
+    for own, master in zip(model.parameters(), masters, strict=True):
+        assert master.dtype == torch.float32
+        assert torch.equal(master, own.float())
+        assert master.data_ptr() != own.data_ptr()
+
+
+def test_masters_of_the_weights_own_precision_are_the_weights() -> None:
+    model: Stack = build(Layout())
+    compile_as("offloaded", model, **STREAMED)
+    masters = host_parameters(model, master_dtype=torch.float32)
+    addresses = [each.data_ptr() for each in model.parameters()]
+    assert [each.data_ptr() for each in masters] == addresses
+
+
+def gradient_addresses(parameters: list[nn.Parameter]) -> dict[int, int]:
+    gradients: list[Tensor | None] = [each.grad for each in parameters]
+    return {index: each.data_ptr() for index, each in enumerate(gradients) if each is not None}
+
+
+@EVERY_WAY
+def test_no_gradient_is_kept_twice(way: str) -> None:
+    """On a device without memory of its own, a gradient that both sides have is the same bytes."""
+    trainee = start(Layout(), way)
+    trainee.forward_backward(tokens(0))
+    hosts = gradient_addresses(trainee.parameters)
+    own = gradient_addresses(list(trainee.model.parameters()))
+    assert hosts
+    assert all(address == hosts[index] for index, address in own.items())
