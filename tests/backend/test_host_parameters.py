@@ -380,9 +380,18 @@ def test_a_saved_optimizer_holds_no_page(way: str) -> None:
 
 def start_with_little(layout: Layout, way: str) -> HostTrainee:
     """With a budget that keeps some of the weights on the device."""
-    plan = spcompile.plan(build(layout), (tokens(0),), k=2, device="cpu", compiler="aot_eager")
-    points = [point for point in plan.tradeoff() if point.plan.residents and point.plan.intervals]
-    return start(layout, way, k=None, m=None, budget=points[-1].peak_bytes)
+
+    def planned(**options: Any) -> spcompile.Plan:
+        torch._dynamo.reset()
+        plan: spcompile.Plan = spcompile.plan(
+            build(layout), (tokens(0),), device="cpu", compiler="aot_eager", **options
+        )
+        return plan
+
+    most = planned(k=1000)
+    budgets = (most.peak_bytes() - most.weights_bytes * part // 20 for part in range(20))
+    budget = next(each for each in budgets if (plan := planned(budget=each)).residents and plan.intervals)
+    return start(layout, way, k=None, m=None, budget=budget)
 
 
 @EVERY_WAY

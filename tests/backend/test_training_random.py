@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from spcompile.runtime.store import find_store
 from tests.backend.test_training import RESIDENT, WAYS, Seen, assert_same, compile_as
 from tests.models import BLOCKS, KINDS
+from tests.running import moved_by_plan
 
 N_ITERATIONS = 20
 
@@ -244,8 +245,8 @@ def assert_moved_as_planned(model: nn.Module) -> None:
     """What a plan streams has been streamed, and nothing else."""
     store = find_store(model.parameters())
     assert store is not None
-    runtimes = store.runtimes()
-    assert runtimes
-    for runtime in runtimes:
-        assert (runtime.bytes_moved > 0) == (runtime.plan.bytes_moved > 0)
-    event("streamed" if any(runtime.plan.intervals for runtime in runtimes) else "resident")
+    plans = moved_by_plan(store)
+    assert plans
+    for plan, bytes_moved in plans:
+        assert (bytes_moved > 0) == (plan.bytes_moved > 0)
+    event("streamed" if any(plan.intervals for plan, _ in plans) else "resident")
