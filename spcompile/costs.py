@@ -207,10 +207,12 @@ class _Costs:
         return makes is not None and self.segment_of.get(root) == self.segment_of[makes]
 
     def _levels(self) -> dict[fx.Node, int]:
-        """How many operators of libraries lie behind each value, at most: a kernel fuses values of one level."""
+        """How many operators of libraries lie behind each value in its segment, at most: a kernel fuses values of one
+        level."""
         levels: dict[fx.Node, int] = {}
         for node in self.nodes:
-            inputs = node.all_input_nodes
+            here = self.segment_of.get(node)
+            inputs = (each for each in node.all_input_nodes if self.segment_of.get(each) == here)
             behind = max((levels[each] for each in inputs), default=0)
             levels[node] = behind + _is_of_library(node)
         return levels
