@@ -46,8 +46,10 @@ def find_layers(program: Program) -> None:
         _label_backward(program, program.forward)
     else:
         if program.backward is not None:
-            _tuck_saved(program)
+            _tuck_saved(program, program.backward)
         _label_forward(program)
+    for node in program.graph.find_nodes(op="call_function", target=operator.getitem):
+        node.meta[LAYER] = node.all_input_nodes[0].meta.get(LAYER)  # only tensors may cross a cut
     _label_weight_views(program)
     _copy_constants_to_readers(program)
 
@@ -62,24 +64,25 @@ def _label_forward(program: Program) -> None:
 
 
 def _tuck_getitems(program: Program) -> None:
-    """Put every getitem right behind its producer: only tensors may cross a cut, never a list of them."""
+    """Put every getitem right behind its producer."""
     for node in list(program.graph.nodes):
         items = [user for user in node.users if user.target is operator.getitem and user.op == "call_function"]
         for item in sorted(items, reverse=True):
             node.append(item)
 
 
-def _tuck_saved(program: Program) -> None:
+def _tuck_saved(program: Program, backward: Program) -> None:
     """Put what forward computes for backward alone right behind what it is computed from. The partitioner leaves it at
     the end of the graph: it would be a segment of its own, and keep its inputs on the device until then."""
+    saved = {node.name for node in backward.graph.find_nodes(op="placeholder")}
     only_saved: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
-        is_read_later = any(user.op != "output" and user not in only_saved for user in node.users)
-        if node.op == "call_function" and node.users and not is_read_later and not written_inputs(node):
+        is_read = any(user not in only_saved and (user.op != "output" or node.name not in saved) for user in node.users)
+        if node.op == "call_function" and node.users and not is_read and not written_inputs(node):
             only_saved.add(node)
     for node in [node for node in program.graph.nodes if node in only_saved]:
         last = max(node.all_input_nodes, default=None)
-        if last is not None and last.op != "placeholder":
+        if last is not None and last.op != "placeholder" and last.next is not node:
             last.append(node)
 
 
@@ -144,8 +147,6 @@ def _label_backward(program: Program, forward: Program) -> None:
     for node in reversed(recomputed):
         readers = [user for user in sorted(node.users) if LAYER in user.meta]
         node.meta[LAYER] = readers[0].meta[LAYER] if readers else node.meta[LAYER]
-    for node in program.graph.find_nodes(op="call_function", target=operator.getitem):
-        node.meta[LAYER] = node.all_input_nodes[0].meta.get(LAYER)
 
 
 def _cut_outside(program: Program) -> None:

@@ -197,13 +197,14 @@ def _totals(program: Program, costs: Sequence[SegmentCost]) -> dict[str, Any]:
     if program.backward is not None:  # what comes from outside: the gradients of what forward returned
         saved = {node.name for node in program.graph.nodes}
         inputs += [node for node in program.backward.graph.find_nodes(op="placeholder") if node.name not in saved]
-    has_libraries = program.device != "cpu" and any(cost.uses_libraries for cost in costs)
+    # A library has a workspace for each thread that calls it, and backward runs in a thread of its own.
+    n_workspaces = len(program.graphs) if program.device != "cpu" and any(cost.uses_libraries for cost in costs) else 0
     return {
         "machine": program.machine,
         "sizes": symbol_hints(program.graph),
         "inputs": total_size(inputs),
         "activations": largest(candidate for cost in costs for candidate in cost.activations),
-        "workspace_bytes": program.machine.workspace_bytes if has_libraries else 0,
+        "workspace_bytes": program.machine.workspace_bytes * n_workspaces,
         "other_bytes": program.other_bytes,
     }
 

@@ -120,10 +120,13 @@ def train(
     for seed in range(iterations):
         loss = fast(tokens(seed, device))
         loss.backward()
-        seen += [loss.detach().cpu(), *(each.grad.cpu() for each in model.parameters() if each.grad is not None)]
+        seen += [
+            loss.detach().cpu(),
+            *(each.grad.cpu().clone() for each in model.parameters() if each.grad is not None),
+        ]
         optimizer.step()
         optimizer.zero_grad()
-        seen += [each.detach().cpu() for each in model.parameters()]
+        seen += [each.detach().cpu().clone() for each in model.parameters()]
     return seen, model
 
 
@@ -134,7 +137,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 1), (3, 2)])
 def test_training_is_exact(way: str, k: int, m: int) -> None:
-    expected, _ = train("on the GPU", k=1000)
+    expected, _ = train(way, k=1000)
     seen, model = train(way, k=k, m=m)
     assert same(seen, expected)
     assert all(moved == 4 * plan.bytes_moved > 0 for plan, moved in moved_by_plan(store_of(model)))
@@ -166,6 +169,8 @@ def test_a_budget_is_kept(part: float) -> None:
 
 
 def test_gradients_take_no_device_memory() -> None:
+    gc.collect()
+    others_bytes = torch.cuda.memory_allocated()
     model, device = arrive(build(), "offloaded")
     fast = compiled(model, k=2, m=1)
     for seed in range(3):
@@ -179,7 +184,8 @@ def test_gradients_take_no_device_memory() -> None:
         model.zero_grad()
         assert torch.cuda.memory_allocated() == before
     plan = spcompile.plan(fast)
-    assert before < plan.arena_bytes + plan.leftovers_bytes + (4 << 20)
+    held_bytes = plan.arena_bytes + plan.leftovers_bytes + plan.workspace_bytes
+    assert before - others_bytes < held_bytes + (4 << 20)
 
 
 def test_the_optimizer_on_the_host() -> None:
@@ -209,12 +215,12 @@ class SlowDown:
     ("link", "compute", "down"), [(True, False, False), (False, True, False), (False, False, True)]
 )
 def test_with_a_slow_machine(monkeypatch: pytest.MonkeyPatch, link: bool, compute: bool, down: bool) -> None:
-    expected, _ = train("on the GPU", 2, k=1000)
+    expected = {way: train(way, 2, k=1000)[0] for way in WAYS}
     Slow(monkeypatch, link=link, compute=compute)
     if down:
         SlowDown(monkeypatch)
     for way in WAYS:
-        assert same(train(way, 2, k=2, m=1)[0], expected)
+        assert same(train(way, 2, k=2, m=1)[0], expected[way])
 
 
 def test_without_waiting_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +251,7 @@ def test_evaluation_and_accumulation(way: str) -> None:
                 with torch.no_grad():
                     seen.append(fast(tokens(99, device)).cpu())
                 loss.backward()
-            seen += [each.grad.cpu() for each in model.parameters() if each.grad is not None]
+            seen += [each.grad.cpu().clone() for each in model.parameters() if each.grad is not None]
             model.zero_grad()
         return seen
 
