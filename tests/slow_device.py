@@ -249,7 +249,7 @@ class SlowStreams(EmulatedStreams):
         return [Wait(*divmod(n_runs, n_steps), copy.page, causes[copy]) for n_runs, copy in last.items()]
 
     def _causes(self) -> dict[SlowCopy, str]:
-        """Why each copy did not come earlier: see `spcompile.planner.simulate.Stall`."""
+        """Why each copy did not come earlier: see `spcompile.lanes.Stall`."""
         causes: dict[SlowCopy, str] = {}
         first, link_us = None, 0.0
         for copy in self.copies:

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("options", "sizes"),
     ("ir",),
-    ("text",),
+    ("text", "lanes"),
     ("verify", "verify.violations"),
     ("verify.plans",),
     ("planner.*", "module_tree"),
@@ -48,7 +48,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "verify.violations": ("errors", "ir", "text"),
     "verify.plans": ("errors", "sizes", "ir", "text", "verify.violations"),
     "verify.graphs": ("errors", "ir", "text", "ops", "graph_text", "verify.violations", "verify.plans"),
-    "planner.*": ("errors", "options", "ir", "text", "planner.*"),
+    "planner.*": ("errors", "options", "ir", "text", "lanes", "planner.*"),
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
     "passes.*": (
@@ -68,7 +68,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "passes.structure",  # not a pass: what find_layers does where names say nothing
         *("passes.cut_finer", "passes.runs", "passes.pages"),  # nor are these: what make_schedule consists of
     ),
-    "runtime.*": ("errors", "ir", "text", "ops", "runtime.*"),
+    "runtime.*": ("errors", "ir", "text", "lanes", "ops", "runtime.*"),
 }
 
 EXCEPTIONS = {("ir", "text"), ("ir", "planner.choose")}

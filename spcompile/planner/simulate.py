@@ -32,6 +32,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from spcompile.ir import ActionKind, Machine, Plan, Slot
+from spcompile.lanes import Span, Stall
 
 MOST_ITERATIONS = 64
 """No steady state is awaited for longer, except for two periods. Of 20,000 random chains 394 took more than one warm
@@ -40,50 +41,6 @@ iteration; in all of them only the copies ahead were still to settle, and iterat
 
 ROUNDING = 1e-9
 """Times that differ by less than this part of an iteration are equal."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """One stretch of work in a lane.
-
-    Attributes:
-        lane: ``"compute"``, ``"H2D"`` or ``"D2H"`` (gradients; empty in inference).
-        label: name of the segment, for gradients of the one that made them, or of the page.
-        step: the step that runs; the first step that reads what is copied (-1 if none does); the step that made what is
-            sent.
-        iteration: which it belongs to, 0 for the cold one. A copy ahead belongs to the iteration that reads it.
-        start_us, end_us: counted from the start of the cold iteration.
-    """
-
-    lane: str
-    label: str
-    step: int
-    iteration: int
-    start_us: float
-    end_us: float
-
-
-@dataclass(frozen=True)
-class Stall:
-    """Compute waits before a step.
-
-    Attributes:
-        step: the step that could not start; the number of steps where it is the end of the iteration that waits.
-        start_us: since when compute waits; counted from the start of the cold iteration.
-        us: for how long.
-        page: the page that it waits for, the last one to arrive; for gradients the segment that made them.
-        cause: ``"link"``: earlier copies and this one have kept the link busy without a break ever since this one could
-            start, that is, its slot was free and the iteration that issues it had begun. Otherwise the link stood idle,
-            as this copy, or one before it in the queue, had something else to wait for: ``"room"``: that its slot comes
-            free; ``"late"``: that the iteration which issues it begins, since the one before does not prefetch it.
-            ``"gradients"``: those of an earlier step have not left the device yet.
-    """
-
-    step: int
-    start_us: float
-    us: float
-    page: str
-    cause: str
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile.ir import Interval, Machine, Plan, Slot, Step, Weight
+from spcompile.lanes import Span, Stall
 from spcompile.planner import simulate as simulate_module
 from spcompile.planner.machine import PROFILES
 from spcompile.planner.make_plan import make_plan
-from spcompile.planner.simulate import Simulation, Span, Stall, predict_iteration_us, simulate
+from spcompile.planner.simulate import Simulation, predict_iteration_us, simulate
 from spcompile.planner.streaming import stream_in_room
 from tests.hand_plans import PLANS, page
 from tests.planner.planner_cases import READS, Reads, chain

@@ -1,0 +1,81 @@
+"""What happened, or will happen, when: spans of work in lanes, and where compute waits.
+
+A simulation (``planner/simulate.py``) and a recording of a real run (``runtime/recording.py``) speak of the same lanes
+in the same words, so that pictures and explanations can put one beside the other. Plain data, no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spcompile.ir import Plan
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stretch of work in a lane.
+
+    Attributes:
+        lane: ``"compute"``, ``"H2D"`` or ``"D2H"`` (gradients; empty in inference).
+        label: name of the segment, for gradients of the one that made them, or of the page.
+        step: the step that runs; the first step that reads what is copied (-1 if none does); the step that made what is
+            sent.
+        iteration: which it belongs to, 0 for the cold one. A copy ahead belongs to the iteration that reads it.
+        start_us, end_us: counted from the start of the cold iteration.
+    """
+
+    lane: str
+    label: str
+    step: int
+    iteration: int
+    start_us: float
+    end_us: float
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Compute waits before a step.
+
+    Attributes:
+        step: the step that could not start; the number of steps where it is the end of the iteration that waits.
+        start_us: since when compute waits; counted from the start of the cold iteration.
+        us: for how long.
+        page: the page that it waits for, the last one to arrive; for gradients the segment that made them.
+        cause: ``"link"``: earlier copies and this one have kept the link busy without a break ever since this one could
+            start, that is, its slot was free and the iteration that issues it had begun. Otherwise the link stood idle,
+            as this copy, or one before it in the queue, had something else to wait for: ``"room"``: that its slot comes
+            free; ``"late"``: that the iteration which issues it begins, since the one before does not prefetch it.
+            ``"gradients"``: those of an earlier step have not left the device yet.
+    """
+
+    step: int
+    start_us: float
+    us: float
+    page: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What some iterations of one plan did on a device, as measured.
+
+    Attributes:
+        plan: the plan that ran.
+        spans: in order of start, iterations counted from 0, the first that was recorded; times from its begin.
+        stalls: of all recorded iterations, in order; ``iteration_starts_us`` tells them apart.
+        iteration_starts_us: when compute reached the begin of each iteration.
+        iteration_ends_us: when it had run the last step of each, gradients in host memory.
+        moved_bytes, sent_bytes: by iteration, what was really copied to the device, and from it.
+        peak_bytes: most memory that torch had allocated on the device while they ran; None on the emulated device.
+        is_emulated: times are those of the emulated device, where they mean nothing but an order.
+    """
+
+    plan: Plan
+    spans: tuple[Span, ...]
+    stalls: tuple[Stall, ...]
+    iteration_starts_us: tuple[float, ...]
+    iteration_ends_us: tuple[float, ...]
+    moved_bytes: tuple[int, ...]
+    sent_bytes: tuple[int, ...]
+    peak_bytes: int | None
+    is_emulated: bool
