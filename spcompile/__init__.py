@@ -15,6 +15,7 @@ from spcompile.errors import (
     SuperpipelineError,
     VerificationError,
 )
+from spcompile.explain import explain, record
 from spcompile.ir import Plan
 from spcompile.offload import offload, refresh, restore
 from spcompile.planning import plan
@@ -27,9 +28,11 @@ __all__ = [
     "PlanFormatError",
     "SuperpipelineError",
     "VerificationError",
+    "explain",
     "host_parameters",
     "offload",
     "plan",
+    "record",
     "refresh",
     "restore",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from spcompile.absent import ABSENT_GPU_BYTES, is_absent, rehome_for_absent_gpu, stand_in_inputs, stand_ins
 from spcompile.capture import Capture, Kind, storage_weights
+from spcompile.collector import CollectorPause
 from spcompile.errors import OptionError
 from spcompile.ir import Plan, Plans
 from spcompile.options import Options, parse_options
@@ -91,7 +92,7 @@ def plan(
     if not isinstance(inner, torch.nn.Module):
         raise OptionError(f"plan needs a torch.nn.Module or what torch.compile made of one, not {type(model).__name__}")
     if not args and not kwargs:
-        return _plans_in_force(inner, None if inner is model else _options_of(model))
+        return _one_or_all(plans_in_force(model))
     programs = capture_programs(inner, tuple(args), dict(kwargs or {}), options)
     return _one_or_all([program.planned() for program in programs])
 
@@ -123,8 +124,18 @@ def _options_of(compiled: Any) -> Options | None:
     return None if backend is None else parse_options(backend.kwargs.get("options"))
 
 
-def _plans_in_force(model: nn.Module, options: Options | None) -> Plan | Plans:
-    store = find_store(model.parameters())
+def plans_in_force(model: nn.Module | Callable[..., Any]) -> list[Plan]:
+    """The plans of the graphs that are compiled for a model, in order of capture.
+
+    Args:
+        model: a module, or what torch.compile returned for one: then only the plans of that call.
+
+    Raises:
+        OptionError: there are none yet.
+    """
+    inner: Any = getattr(model, "_orig_mod", model)
+    options = None if inner is model else _options_of(model)
+    store = find_store(inner.parameters())
     if store is not None and len(store.runtimes()) > 1:
         gc.collect()  # what Dynamo has dropped may still be held by cycles
     runtimes = store.runtimes() if store is not None else []
@@ -132,7 +143,7 @@ def _plans_in_force(model: nn.Module, options: Options | None) -> Plan | Plans:
     if not runtimes:
         raise OptionError("no plan is in force: run the compiled model once, or give example inputs as args and kwargs")
     plans = {id(runtime.plan): runtime.plan for runtime in runtimes}  # forward and backward share one
-    return _one_or_all(list(plans.values()))
+    return list(plans.values())
 
 
 def _one_or_all(plans: Sequence[Plan]) -> Plan | Plans:
@@ -174,7 +185,7 @@ class _Planner:
         # Where torch can, without counting against the model's own recompile limit.
         isolated = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
         compiled = torch.compile(self.model, backend=self._backend, fullgraph=fullgraph, **isolated)  # type: ignore[call-overload]
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(_Stop), CollectorPause():
             compiled(*args, **kwargs)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("options", "sizes"),
+    ("options", "sizes", "collector"),
     ("ir",),
     ("text", "lanes"),
     ("verify", "verify.violations"),
@@ -36,7 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("capture", "rehome", "cuda_attention"),
     ("pipeline", "offload", "arrival", "absent", "training"),
     ("backend",),
-    ("planning", "explain"),
+    ("planning",),
+    ("explain",),
     ("spcompile",),  # the package's own __init__, which collects the interface
 )
 
