@@ -180,6 +180,7 @@ class _Compiler:
         with self.store.lock:
             for plan in self.placements:
                 self.store.place(plan)
+            self.store.trim_arena(self.capture.options)
         self.placements.clear()
 
 

@@ -52,7 +52,7 @@ class Tenant:
 
 
 class Arena:
-    """The device block. It only grows, and never while a copy into it may be under way."""
+    """The device block. It grows when a graph needs more, and never while a copy into it may be under way."""
 
     def __init__(self, device: torch.device, streams: Streams) -> None:
         self.device = device
@@ -72,10 +72,7 @@ class Arena:
         """
         if nbytes <= self.memory.numel():
             return
-        self.streams.synchronize()
-        self.tenants.clear()
-        self.views.clear()
-        self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # give the old block back first
+        self._give_back()
         try:
             with torch.inference_mode(False):  # the first caller may be in it, a later one not
                 memory = torch.empty(nbytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=self.device)
@@ -87,6 +84,18 @@ class Arena:
         self.memory = memory[shift : shift + nbytes]
         self.streams.freed(self.memory)
         self.streams.side_wait(self.streams.compute_record())  # whoever had this memory before may still be at it
+
+    def shrink(self, nbytes: int) -> None:
+        """Give the block back if it is larger than this; the next iteration reserves what it needs."""
+        if self.memory.numel() > nbytes:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Forget what the block holds, and let go of it."""
+        self.streams.synchronize()
+        self.tenants.clear()
+        self.views.clear()
+        self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def find(self, offset_bytes: int, page: str, version: Hashable) -> Tenant | None:
         """The tenant at this offset, if it is this page in this version and has not been evicted."""

@@ -445,6 +445,12 @@ class PageStore:
         self.make_offloaded(self._own(weight for page in at_home for weight in plan.pages[page].weights))
         self.make_resident(self._own([*staying, *plan.leftovers]))
 
+    def trim_arena(self, compiled_with: Hashable) -> None:
+        """Keep no larger arena than the graphs of one torch.compile call need: the newest one's options are what counts.
+        Graphs of an earlier call take their memory again when they run."""
+        graphs = (each for each in self.runtimes() if each.compiled_with == compiled_with)
+        self.arena.shrink(max((each.plan.arena_bytes for each in graphs), default=0))
+
     def fits(self, plan: Plan) -> bool:
         """Whether this store has all weights of a plan, which may have been made for another model, and room for its
         pages among the pages that its own graphs have made."""

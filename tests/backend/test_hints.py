@@ -497,3 +497,20 @@ def test_without_options_a_second_graph_keeps_the_residents(monkeypatch: pytest.
             assert torch.equal(side.run.model(x), side.plain(x))
     assert residents(side.run.store) == first
     side.call()
+
+
+def test_a_smaller_window_gives_the_arena_of_a_larger_one_back() -> None:
+    """The options given last count; what was compiled before takes its memory again when it runs."""
+    side = Side(k=4)
+    side.call()
+    arena, large_bytes = side.run.store.arena, side.run.plan.arena_bytes
+    assert arena.memory.numel() == large_bytes
+    small = compiled(side.model, k=2)
+    with torch.no_grad():
+        expected = side.plain(side.x)
+        assert torch.equal(small(side.x), expected)
+        small_plan = spcompile.plan(small)
+        assert arena.memory.numel() == small_plan.arena_bytes < large_bytes
+        side.call()
+        assert arena.memory.numel() == large_bytes
+        assert torch.equal(small(side.x), expected)
