@@ -1,9 +1,9 @@
 """The rows of the table of layers, and which row each step and page belongs to.
 
 A row is a layer, or a piece outside the layers (embedding, head), in the order in which they run. A page belongs to the
-row that reads it first. Colours go by row, so that one layer has one colour in every lane: a scale of rising lightness
-(viridis, which people who confuse red and green read as well), its even members a little darker, so that neighbours
-can be told apart; grey for what is outside the layers.
+row that reads it first. Colours go by row, so that one layer has one colour in every lane: a scale of rising lightness,
+which people who confuse red and green read as well, every other one a little darker, so that neighbours can be told
+apart; grey for what is outside the layers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from spcompile.ir import Plan
 from spcompile.lanes import Span, Stall
 from spcompile.viz.view import Row, Work
 
-VIRIDIS = ("#482173", "#433e85", "#38588c", "#2d708e", "#25858e", "#1e9b8a", "#2ab07f", "#52c569", "#86d549", "#c2df23")
-"""Ten colours of matplotlib's viridis, without its two ends, which are too close to black and to white."""
+LAYER_COLOURS = (
+    *("#6a4c9c", "#5566b0", "#3f80b5", "#2f97a8", "#2aa88f"),
+    *("#48b878", "#7cc661", "#b0d04a", "#dcd53c"),
+)
+"""The hues of matplotlib's viridis in rising lightness, its dark end lighter, so that it stands out on a dark page."""
 
 OUTSIDE_COLOURS = ("#8c8c8c", "#a6a6a6")
 
@@ -145,7 +148,7 @@ def row_colours(are_layers: Sequence[bool]) -> list[str]:
         if not is_layer:
             colours.append(OUTSIDE_COLOURS[(len(colours) - seen) % 2])
             continue
-        colours.append(_mixed(VIRIDIS, seen / max(1, n_layers - 1), 0.84 if seen % 2 else 1.0))
+        colours.append(_mixed(LAYER_COLOURS, seen / max(1, n_layers - 1), 0.84 if seen % 2 else 1.0))
         seen += 1
     return colours
 
@@ -184,7 +187,7 @@ def _placement(plan: Plan, rows: RowIndex, row: int, pages: Sequence[int]) -> st
 def placements(plan: Plan, page: int) -> list[str]:
     """Where a page is, in the words of design.md; a page that is loaded twice says so."""
     loads = Counter(interval.page for interval in plan.intervals)[page]
-    words = [f"streamed {loads} times" if loads > 1 else "streamed"] if loads else []
+    words = [f"streamed {loads}x" if loads > 1 else "streamed"] if loads else []
     if page in plan.mapped:
         words.insert(0, "mapped")
     return ["resident"] if page in plan.residents else words or ["nowhere"]

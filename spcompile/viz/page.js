@@ -23,6 +23,7 @@ function show(index) {
   zoom = new Zoom(timeline);
   byId("legend").replaceChildren(...timeline.legend());
   const layers = new Layers(view);
+  for (const id of ["table", "code"]) byId(id).classList.toggle("whole", view.rows.some((row) => row.measured));
   const graph = new Graph(view);
   parts = [timeline, new Curve(view)];
   for (const each of [timeline, layers, graph]) {
@@ -50,6 +51,8 @@ addEventListener("keydown", (event) => {
   tip.hide();
   selection.clear();
 });
+
+addEventListener("scroll", () => tip.hide(), { passive: true });
 
 let width = innerWidth;
 addEventListener("resize", () => {

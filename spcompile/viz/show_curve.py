@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from spcompile.ir import Machine, Plan
+from spcompile.planner.simulate import ROUNDING, predict_iteration_us
 from spcompile.text import format_bytes
 from spcompile.viz.view import CurvePoint
 from spcompile.viz.words import count, format_time
@@ -16,20 +17,29 @@ from spcompile.viz.words import count, format_time
 
 def show_curve(plan: Plan, machine: Machine, iteration_us: float) -> tuple[CurvePoint, ...]:
     """The curve from the smallest plan up, and the plan that is shown, which takes ``iteration_us``."""
-    curve = replace(plan, machine=machine).tradeoff()
-    points = [
-        CurvePoint(point.peak_bytes, point.iteration_us, describe(point.plan, point.iteration_us), is_chosen=False)
-        for point in curve
-    ]
-    chosen = CurvePoint(plan.peak_bytes(), iteration_us, describe(plan, iteration_us), is_chosen=True)
-    same = [point for point in points if (point.peak_bytes, point.iteration_us) != (chosen.peak_bytes, iteration_us)]
-    return tuple(sorted([*same, chosen], key=lambda point: (point.peak_bytes, -point.iteration_us)))
+    plan = replace(plan, machine=machine)
+    points = [CurvePoint(plan.peak_bytes(), iteration_us, describe(plan, iteration_us), is_chosen=True)]
+    for each in plan.tradeoff():
+        is_same = each.plan == plan or (each.peak_bytes, each.iteration_us) == (plan.peak_bytes(), iteration_us)
+        if not is_same:
+            meaning = describe(each.plan, predict_iteration_us(each.plan, machine), each.iteration_us)
+            points.append(CurvePoint(each.peak_bytes, each.iteration_us, meaning, is_chosen=False))
+    return tuple(sorted(points, key=lambda point: (point.peak_bytes, -point.iteration_us)))
 
 
-def describe(plan: Plan, iteration_us: float) -> str:
-    """What a plan means, in a sentence."""
+def describe(plan: Plan, iteration_us: float, counted_us: float | None = None) -> str:
+    """What a plan means, in words.
+
+    Args:
+        plan: the plan.
+        iteration_us: as predicted.
+        counted_us: more than that where no copy has anything to hide behind, see `TradeoffPoint`.
+    """
+    times = f"{format_time(iteration_us)} per iteration"
+    if counted_us is not None and counted_us > iteration_us * (1 + ROUNDING):
+        times += f", counted as {format_time(counted_us)}, as no copy overlaps with compute"
     return (
-        f"{format_bytes(plan.peak_bytes())} of device memory: {format_time(iteration_us)} per iteration. "
+        f"{format_bytes(plan.peak_bytes())} of device memory: {times}. "
         f"{', '.join(_placed(plan))}; {format_bytes(plan.bytes_moved)} are copied to the device per iteration."
     )
 

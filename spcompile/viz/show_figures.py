@@ -74,6 +74,8 @@ def figures(
         in_place
     )
     yield Figure("pages", len(plan.pages), str(len(plan.pages)), ", ".join(pages))
+    if plan.intervals:
+        yield Figure("k, m", plan.k, f"{plan.k}, {plan.m}", "most pages in slots; how many leave together")
     if recording is not None:
         yield from _measured(machine, simulation, recording)
 
@@ -108,10 +110,11 @@ def _measured(machine: Machine | None, simulation: Simulation | None, recording:
     if simulation is not None and simulation.bound_us:
         times = us / simulation.bound_us
         yield Figure("measured / floor", times, f"{times:.3f} x", f"the floor is {format_time(simulation.bound_us)}")
-    copies = [span for span in recording.spans if span.lane == "H2D"]
+    page_bytes = {page.name: page.nbytes for page in recording.plan.pages}
+    copies = [span for span in recording.spans if span.lane == "H2D" and span.label in page_bytes]
     busy_us = sum(span.end_us - span.start_us for span in copies)
     if busy_us:
-        rate = sum(recording.moved_bytes) / busy_us * 1e6
+        rate = sum(page_bytes[span.label] for span in copies) / busy_us * 1e6
         part = f"{rate / machine.h2d_bytes_per_s:.0%} of {format_rate(machine.h2d_bytes_per_s)}" if machine else ""
         yield Figure("link rate", rate, format_rate(rate), f"reached while copies ran; {part}" if part else "")
     moved_bytes = int(median(recording.moved_bytes)) if recording.moved_bytes else 0

@@ -65,13 +65,18 @@ def _send(plan: Plan, step: int) -> tuple[str, str]:
 def _meaning(plan: Plan, action: Action, index: int) -> str:
     interval = plan.intervals[index]
     nbytes = format_bytes(plan.pages[interval.page].nbytes)
+    is_kept = plan.backward_step is not None and interval.start_step < plan.backward_step <= action.step
     match action.kind:
         case ActionKind.PREFETCH if action.ahead:
             return f"start the copy of {nbytes} for the next iteration"
         case ActionKind.PREFETCH if interval.start_step <= 0 and plan.wraps:
             return "a hint: the iteration before has started this copy"
+        case ActionKind.PREFETCH if is_kept:
+            return "a hint: kept since forward, or on its way"
         case ActionKind.PREFETCH:
             return f"start the copy of {nbytes} on the side stream"
+        case ActionKind.LOAD if is_kept:
+            return "compute waits for it; kept since forward, or on its way"
         case ActionKind.LOAD:
             n_steps = action.step - interval.start_step
             overlap = f"{n_steps} {'step' if n_steps == 1 else 'steps'} of overlap" if n_steps else "no overlap"

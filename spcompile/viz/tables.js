@@ -13,7 +13,8 @@ class Layers {
     rove(this.body, () => [...this.body.children], (row) => selection.hover({ row: row.row, key: null }, "layers"));
   }
 
-  // Those with something to say. Each has a title, what it is sorted by, what it shows, and its sum for the last line.
+  // Those with something to say. Each has a title, what it is sorted by, what it shows, a hint, and its sum for
+  // the last line.
   chosenColumns() {
     const { rows, unit } = this.view;
     const sum = (value) => rows.reduce((total, row) => total + value(row), 0);
@@ -27,33 +28,38 @@ class Layers {
     const add = (title, value, format, isShown = true) => {
       if (isShown) columns.push({ title, value, show: (row) => format(value(row)), foot: format(sum(value)) });
     };
-    add("gradients", (row) => row.gradients_bytes, size, rows.some((row) => row.gradients_bytes));
-    const both = rows.some((row) => row.predicted) && rows.some((row) => row.measured);
-    for (const kind of ["predicted", "measured"]) {
-      if (!rows.some((row) => row[kind])) continue;
-      const suffix = both ? `, ${kind}` : "";
-      const part = (name) => (row) => (row[kind] ? row[kind][name] : 0);
-      add(`compute${suffix}`, part("compute"), time);
-      add(`copy${suffix}`, part("copy"), time, rows.some(part("copy")));
-      add(`send${suffix}`, part("send"), time, rows.some(part("send")));
-      add(`stall${suffix}`, part("stall"), time);
-      const cause = (row, [name, page]) => (page === row.name ? name : `${name}: ${page}`);
-      const why = (row) => (row[kind] ? row[kind].waits.map((wait) => cause(row, wait)).join("; ") : "");
-      if (rows.some(why)) columns.push({ title: `cause${suffix}`, value: why, show: why, isText: true, isWhy: true, foot: "" });
+    const kinds = ["predicted", "measured"].filter((kind) => rows.some((row) => row[kind]));
+    for (const [title, name, isAlways] of [["compute", "compute", true], ["copy", "copy"], ["stall", "stall", true], ["send", "send"]]) {
+      for (const kind of kinds) {
+        const suffix = kinds.length > 1 ? `\n${kind}` : "";
+        const part = (row) => (row[kind] ? row[kind][name] : 0);
+        add(title + suffix, part, time, isAlways || rows.some(part));
+        if (name === "stall") columns.push(...this.causes(kind, suffix));
+      }
     }
+    add("gradients", (row) => row.gradients_bytes, size, rows.some((row) => row.gradients_bytes));
     return columns;
   }
 
+  // What a row waits for, where any does: the causes, and as a hint each with its page.
+  causes(kind, suffix) {
+    const waits = (row) => (row[kind] ? row[kind].waits : []);
+    const show = (row) => [...new Set(waits(row).map(([cause]) => cause))].join(", ");
+    const hint = (row) => waits(row).map(([cause, page]) => `${cause}: waits for ${page}`).join("\n");
+    const column = { title: `cause${suffix}`, value: show, show, hint, isText: true, foot: "" };
+    return this.view.rows.some(show) ? [column] : [];
+  }
+
   makeHead(column, index) {
-    const button = made("button", { type: "button", title: `sort by ${column.title}` }, column.title);
+    const button = made("button", { type: "button", title: `sort by ${column.title.replace("\n", ", ")}` }, column.title);
     button.addEventListener("click", () => this.sort(index));
     return made("th", { scope: "col", class: column.isText ? "text" : "" }, button);
   }
 
   makeRow(row, index) {
     const cells = this.columns.map((column) => {
-      const classes = `${column.isText ? "text" : ""} ${column.isWhy ? "why" : ""}`.trim();
-      return made("td", column.isWhy ? { class: classes, title: column.show(row) } : { class: classes }, column.show(row));
+      const hint = column.hint ? { title: column.hint(row) } : {};
+      return made("td", { class: column.isText ? "text" : "", ...hint }, column.show(row));
     });
     cells[0].prepend(made("span", { class: "swatch", style: `background:${row.colour}` }));
     const element = made("tr", { "data-row": index, tabindex: index ? -1 : 0 }, ...cells);
@@ -91,7 +97,7 @@ class Layers {
 class Graph {
   constructor(view) {
     this.lines = view.lines.map((line) => this.makeLine(line));
-    const columns = Math.min(64, Math.max(...view.lines.map((line) => line.code.length), 0));
+    const columns = Math.min(50, Math.max(...view.lines.map((line) => line.code.length), 0));
     const list = made("ol", { class: "graph", style: `--code: ${columns}ch` }, ...this.lines);
     byId("graph").replaceChildren(list);
     const chosen = this.lines.filter((line) => line.row >= 0);
@@ -156,7 +162,7 @@ function scrollTo(element) {
   if (!element) return;
   const box = element.closest(".scroll");
   const [inner, outer] = [element.getBoundingClientRect(), box.getBoundingClientRect()];
-  const margin = 34; // the head of the table stays in front
-  if (inner.top < outer.top + margin) box.scrollTop += inner.top - outer.top - margin;
-  else if (inner.bottom > outer.bottom - margin) box.scrollTop += inner.bottom - outer.bottom + margin;
+  const margin = 34; // head and last line of the table stay in front
+  if (inner.top >= outer.top + margin && inner.bottom <= outer.bottom - margin) return;
+  box.scrollTop += (inner.top + inner.bottom - outer.top - outer.bottom) / 2;
 }

@@ -154,7 +154,8 @@ class Timeline {
   // A staircase in the coordinates of the stack: time, and bytes as a part of the most.
   stairs(times, nbytes, isBack) {
     const height = (index) => (1 - nbytes[index] / this.most).toFixed(6);
-    const at = (index) => (index < times.length ? times[index] : this.end);
+    const end = Math.max(...this.view.lanes[0].parts.map((part) => part.end), times[times.length - 1]);
+    const at = (index) => (index < times.length ? times[index] : end);
     const corners = times.flatMap((_, index) => [`${at(index)} ${height(index)}`, `${at(index + 1)} ${height(index)}`]);
     return (isBack ? "L" + corners.reverse().join("L") : "M" + corners.join("L"));
   }
@@ -163,7 +164,8 @@ class Timeline {
     if (nbytes === null) return;
     const y = this.memoryHeight(nbytes);
     drawn("line", { class: "budget", x1: this.left, x2: this.left + this.plotWidth, y1: y, y2: y, "data-level": name }, this.front);
-    const text = drawn("text", { class: "budget-name", x: this.left + this.plotWidth - 4, y: y - 4, "text-anchor": "end" }, this.front);
+    const place = name === "budget" ? { x: this.left + this.plotWidth - 4, "text-anchor": "end" } : { x: this.left + 4 };
+    const text = drawn("text", { class: "budget-name", y: y - 4, ...place }, this.front);
     text.textContent = `${name} ${formatBytes(nbytes)}`;
   }
 
@@ -197,7 +199,7 @@ class Timeline {
     if (!isSeen) return;
     const start = Math.max(this.x(item.start), this.left - 4);
     const end = Math.min(this.x(item.end), this.left + this.plotWidth + 4);
-    const width = Math.max(1, end - start);
+    const width = Math.max(0.75, end - start);
     item.rect.setAttribute("x", start);
     item.rect.setAttribute("width", width);
     item.group.classList.toggle("thin", width < 10);
@@ -216,6 +218,7 @@ class Timeline {
       return;
     }
     item.text = item.text || drawn("text", { y: item.y + item.height / 2 + 4, "text-anchor": "middle" }, item.group);
+    if (item.arriving) item.text.setAttribute("style", `paint-order: stroke; stroke: ${this.view.rows[item.row].colour}; stroke-width: 3px`);
     item.text.setAttribute("x", (start + end) / 2);
     item.text.textContent = fits;
   }
@@ -272,6 +275,9 @@ class Timeline {
       const swatch = made("span", { class: "swatch", style: `background:${SHARES[share.name]}` });
       return made("li", { title: share.meaning }, swatch, share.name);
     });
+    if (this.bars.some((bar) => bar.arriving)) {
+      entries.unshift(made("li", {}, made("span", { class: "swatch arriving" }), "its copy may still be on its way"));
+    }
     if (this.view.lanes.some((lanes) => lanes.waits.length)) {
       entries.unshift(made("li", {}, made("span", { class: "swatch waiting" }), "compute waits (stall)"));
     }

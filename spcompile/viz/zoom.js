@@ -13,7 +13,7 @@ class Zoom {
     on("pointermove", (event) => this.move(event));
     on("pointerup", (event) => this.up(event));
     on("pointercancel", () => this.drop());
-    on("pointerleave", () => this.leave());
+    on("pointerleave", (event) => event.pointerType === "touch" || this.leave()); // a lifted finger leaves the tip
     on("dblclick", () => this.reset());
     on("wheel", (event) => this.wheel(event), { passive: false });
     on("keydown", (event) => this.key(event));
