@@ -7,9 +7,12 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import spcompile
 from spcompile.errors import OptionError
 from spcompile.ir import Plan
 from spcompile.planner.machine import PROFILES
@@ -339,6 +342,8 @@ def luminance(colour: str) -> float:
 def placed(draw: st.DrawFn) -> Plan:
     """A graph placed by k and m, by memory, or with everything resident; perhaps as if nothing had a time."""
     graph = draw(graphs())
+    if draw(st.booleans()):
+        graph = as_training(graph, draw(st.integers(1, len(graph.steps) - 1)), draw(st.sampled_from([0, 8, 300])))
     widest = max(len(step.reads) for step in graph.steps)
     k = draw(st.integers(widest, len(graph.pages)))
     if draw(st.booleans()):
@@ -347,6 +352,18 @@ def placed(draw: st.DrawFn) -> Plan:
         least_bytes = place_graph(graph, k=widest, m=1).peak_weight_bytes
         plan = place_graph(graph, capacity_bytes=draw(st.integers(least_bytes, 2 * least_bytes)))
     return draw(st.sampled_from([plan, replace(plan, machine=None)]))
+
+
+def as_training(graph: Plan, backward_step: int, gradients_bytes: int) -> Plan:
+    """The same reads, the later ones in backward, whose steps make gradients."""
+    steps = tuple(
+        replace(step, gradients_bytes=gradients_bytes, activations_bytes=step.activations_bytes + 2 * gradients_bytes)
+        if index >= backward_step
+        else step
+        for index, step in enumerate(graph.steps)
+    )
+    most_bytes = max(step.activations_bytes for step in steps)
+    return replace(graph, wraps=False, steps=steps, backward_step=backward_step, activations=((("1", most_bytes),),))
 
 
 @given(placed(), st.none() | st.integers(1, 10**6))
@@ -360,7 +377,8 @@ def test_every_plan_can_be_drawn(plan: Plan, budget_bytes: int | None) -> None:
     assert_rows_are_of_the_plan(plan, view)
     shown = {(bar.label, bar.step) for bar in view.lanes[0].bars if bar.lane == "compute"}
     assert shown == {(each.segment, step) for step, each in enumerate(plan.steps)}
-    assert [line.kind for line in view.lines if line.kind != "graph"] == [each.kind.value for each in plan.actions()]
+    kinds = [line.kind for line in view.lines if line.kind not in ("graph", "finish")]
+    assert kinds == [each.kind.value for each in plan.actions()]
     assert view.figure("moved").value == plan.bytes_moved
     assert format_bytes(plan.weights_bytes) in view.summary
 
@@ -408,3 +426,29 @@ def assert_rows_are_of_the_plan(plan: Plan, view: View) -> None:
 def test_levels_are_activations_of_the_step() -> None:
     plan = training(2, k=2)
     assert [sum(level) for level in step_levels(plan)] == [step.activations_bytes for step in plan.steps]
+
+
+class Chain(nn.Module):
+    """Layers whose backward reads their weights, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_plan_of_a_model(trains: bool) -> None:
+    """Nothing but a model and its input: the stack reaches the predicted peak, gradients of backward included."""
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(trains):
+        plan = spcompile.plan(Chain(), (torch.randn(16, 64),), k=2, machine="h100", device="cpu")
+    view = make_view(plan)
+    assert_memory_is_of_the_plan(plan, view)
+    assert_rows_are_of_the_plan(plan, view)
+    assert [row.name for row in view.rows if row.is_layer] == [layer.name for layer in plan.layers]
+    assert ("gradients" in shares(view)) == ("D2H" in view.lanes[0].lanes) == trains
