@@ -19,6 +19,7 @@ function show(index) {
   );
   byId("causes").replaceChildren(...view.causes.map(([cause, meaning]) => made("li", {}, made("b", {}, cause), ` – ${meaning}`)));
   byId("words").replaceChildren(...view.words.map(([word, meaning]) => made("div", {}, made("dt", {}, word), made("dd", {}, meaning))));
+  balance();
   const timeline = new Timeline(view);
   zoom = new Zoom(timeline);
   byId("legend").replaceChildren(...timeline.legend());
@@ -34,6 +35,14 @@ function show(index) {
     const bars = timeline.bars.filter((bar) => (chosen.key ? bar.key === chosen.key : bar.row === chosen.row));
     if (bars.length) zoom.reveal(Math.min(...bars.map((bar) => bar.start)), Math.max(...bars.map((bar) => bar.end)));
   });
+}
+
+// As many figures in each row of them, as far as that goes.
+function balance() {
+  const figures = byId("figures");
+  const most = Math.max(2, Math.floor((figures.clientWidth + 10) / 148));
+  const rows = Math.ceil(figures.children.length / most);
+  figures.style.setProperty("--columns", Math.max(2, Math.ceil(figures.children.length / rows), Math.min(most, 6)));
 }
 
 const choice = byId("graph-select");
@@ -58,6 +67,7 @@ let width = innerWidth;
 addEventListener("resize", () => {
   if (innerWidth === width) return; // a phone's address bar changes only the height
   width = innerWidth;
+  balance();
   parts.forEach((part) => part.draw());
 });
 
