@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-SHARE_COLOURS = {
-    "other tensors": "#5f6368",
-    "workspace": "#9aa0a6",
-    "inputs": "#009e73",
-    "weights that stay": "#0072b2",
-    "arena, in use": "#56b4e9",
-    "arena, free": "#cfe8f7",
-    "activations": "#e69f00",
-    "gradients": "#cc79a7",
-}
-"""As in timeline.js: Okabe and Ito's colours, which do not depend on telling red from green."""
-
 WAIT_COLOUR, WAIT_LINE, WAIT_GROUND = "#b3261e", "#e3a5a0", "#f9dedc"
 
 WIDTH, LANE_HEIGHT, MEMORY_HEIGHT, CURVE_HEIGHT = 12.0, 0.42, 2.2, 2.6
@@ -163,7 +151,7 @@ def _draw_memory(axes: Axes, view: View, end: float, scale: float) -> None:
             [*below, below[-1]],
             [*above, above[-1]],
             step="post",
-            color=SHARE_COLOURS[share.name],
+            color=share.colour,
             linewidth=0,
             label=share.name,
         )

@@ -19,17 +19,18 @@ from spcompile.lanes import Stay
 from spcompile.sizes import value_of
 from spcompile.viz.view import Bar, Lanes, Memory, Share
 
-MEANINGS = {
-    "other tensors": "what the process held on the device when the plan was made",
-    "workspace": "what libraries take",
-    "inputs": "inputs of the graph that are no weights, caches included",
-    "weights that stay": "residents and leftovers",
-    "arena, in use": "slots, from the start of a copy until its page is evicted",
-    "arena, free": "reserved for slots that hold nothing now",
-    "activations": "values that the running step makes or reads, and those kept for later steps: the most of the step",
-    "gradients": "of weights: made, and not yet in host memory",
+SHARES = {
+    "other tensors": ("#5f6368", "what the process held on the device when the plan was made"),
+    "workspace": ("#9aa0a6", "what libraries take"),
+    "inputs": ("#009e73", "inputs of the graph that are no weights, caches included"),
+    "weights that stay": ("#0072b2", "residents and leftovers"),
+    "arena, in use": ("#56b4e9", "slots, from the start of a copy until its page is evicted"),
+    "arena, free": ("#cfe8f7", "reserved for slots that hold nothing now"),
+    "activations": ("#e69f00", "values that the running step makes or reads, or keeps for later steps: its most"),
+    "gradients": ("#cc79a7", "of weights: made, and not yet in host memory"),
 }
-"""The shares from the lowest to the highest."""
+"""The shares from the lowest to the highest, each with its colour and meaning. The colours are those of Okabe and Ito
+("Color Universal Design", 2008), which do not depend on telling red from green."""
 
 
 def show_memory(
@@ -62,7 +63,7 @@ def show_memory(
     taken["arena, in use"] = tuple(in_use)
     taken["arena, free"] = tuple(plan.arena_bytes - nbytes for nbytes in in_use)
     taken["activations"], taken["gradients"] = activations, gradients
-    shares = tuple(Share(name, MEANINGS[name], nbytes) for name, nbytes in taken.items() if any(nbytes))
+    shares = tuple(Share(name, *SHARES[name], nbytes) for name, nbytes in taken.items() if any(nbytes))
     return Memory(tuple(times), shares, plan.peak_bytes(), budget_bytes, measured_peak_bytes)
 
 

@@ -1,16 +1,5 @@
 // The lanes and device memory on one axis of time: what is drawn, and where. `zoom.js` moves the axis.
 
-const SHARES = {
-  "other tensors": "#5f6368",
-  "workspace": "#9aa0a6",
-  "inputs": "#009e73",
-  "weights that stay": "#0072b2",
-  "arena, in use": "#56b4e9",
-  "arena, free": "#cfe8f7",
-  "activations": "#e69f00",
-  "gradients": "#cc79a7",
-}; // Okabe and Ito's colours, which do not depend on telling red from green
-
 const HEIGHTS = { compute: 36, H2D: 28, D2H: 28, track: 24 };
 const MEMORY_HEIGHT = 190;
 
@@ -144,7 +133,7 @@ class Timeline {
     for (const share of memory.shares) {
       const above = below.map((nbytes, index) => nbytes + share.nbytes[index]);
       const path = this.stairs(memory.times, above, false) + this.stairs(memory.times, below, true) + "Z";
-      drawn("path", { d: path, fill: SHARES[share.name], "data-share": share.name }, this.stack);
+      drawn("path", { d: path, fill: share.colour, "data-share": share.name }, this.stack);
       above.forEach((nbytes, index) => (below[index] = nbytes));
     }
     this.drawLevel(memory.budget_bytes, "budget");
@@ -272,7 +261,7 @@ class Timeline {
 
   legend() {
     const entries = this.view.memory.shares.map((share) => {
-      const swatch = made("span", { class: "swatch", style: `background:${SHARES[share.name]}` });
+      const swatch = made("span", { class: "swatch", style: `background:${share.colour}` });
       return made("li", { title: share.meaning }, swatch, share.name);
     });
     if (this.bars.some((bar) => bar.arriving)) {

@@ -91,6 +91,7 @@ class Share:
     """A part of device memory, and what it takes from each time on; see `Memory`."""
 
     name: str
+    colour: str
     meaning: str
     nbytes: tuple[int, ...]
 
