@@ -25,7 +25,11 @@ from spcompile.errors import OptionError, PlanFormatError
 from spcompile.sizes import Polynomial, expression_of, value_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from spcompile.lanes import Recording
     from spcompile.planner.choose import TradeoffPoint
+    from spcompile.viz.picture import Picture
 
 ALIGNMENT_BYTES = 256
 """Every weight starts at a multiple of this in its page, and every slot in the arena: kernels that Inductor compiled
@@ -275,6 +279,31 @@ class Plan:
             raise OptionError("a trade-off needs a machine to time plans on: plan with machine='h100', say")
         return find_tradeoff(self, self.residents)
 
+    def visualize(
+        self,
+        path: str | Path | None = None,
+        *,
+        machine: str | Machine | None = None,
+        recording: Recording | None = None,
+        budget_bytes: int | None = None,
+    ) -> Picture:
+        """A picture of what happens when: lanes, device memory, layers, trade-off and the rewritten graph.
+
+        Args:
+            path: also written there: ``.html`` (one file, no network), ``.svg`` or ``.png`` (needs matplotlib), or
+                ``.json`` (a trace that Perfetto and chrome://tracing open).
+            machine: what copies are timed on: a profile's name or a machine; None: the plan's own. Without any, steps
+                stand in the place of times.
+            recording: of a run of this plan, shown beside what is predicted.
+            budget_bytes: drawn into memory and trade-off.
+
+        Raises:
+            OptionError: the machine or the suffix is unknown, or matplotlib is missing for an image.
+        """
+        from spcompile.viz import visualize  # above ir, like the planner
+
+        return visualize([self], path, machine=machine, recording=recording, budget_bytes=budget_bytes)
+
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers in order of first use."""
@@ -522,6 +551,19 @@ class Plans(tuple[Plan, ...]):
     def peak_bytes(self) -> int:
         """See `Plan.peak_bytes`: that of the graph that needs most."""
         return max((plan.peak_bytes() for plan in self), default=0)
+
+    def visualize(
+        self,
+        path: str | Path | None = None,
+        *,
+        machine: str | Machine | None = None,
+        recording: Recording | None = None,
+        budget_bytes: int | None = None,
+    ) -> Picture:
+        """See `Plan.visualize`: one picture of all graphs. A recording is shown with the graph whose plan it is of."""
+        from spcompile.viz import visualize
+
+        return visualize(self, path, machine=machine, recording=recording, budget_bytes=budget_bytes)
 
     def __str__(self) -> str:
         return "\n\n".join(f"Graph {index} of {len(self)}\n{plan}" for index, plan in enumerate(self, start=1))

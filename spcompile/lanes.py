@@ -56,6 +56,24 @@ class Stall:
 
 
 @dataclass(frozen=True)
+class Stay:
+    """One page in a slot.
+
+    Attributes:
+        interval: index in ``Plan.intervals``.
+        iteration: that reads it, 0 for the cold one.
+        start_us, arrived_us: start and end of its copy; counted from the start of the cold iteration.
+        end_us: when it is evicted; None where that is not simulated any more.
+    """
+
+    interval: int
+    iteration: int
+    start_us: float
+    arrived_us: float
+    end_us: float | None
+
+
+@dataclass(frozen=True)
 class Recording:
     """What some iterations of one plan did on a device, as measured.
 

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verify", "verify.violations"),
     ("verify.plans",),
     ("planner.*", "module_tree"),
+    ("viz.*",),
     # From here on torch may be imported.
     ("ops",),
     ("graph", "joint"),
@@ -50,6 +51,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "verify.plans": ("errors", "sizes", "ir", "text", "verify.violations"),
     "verify.graphs": ("errors", "ir", "text", "ops", "graph_text", "verify.violations", "verify.plans"),
     "planner.*": ("errors", "options", "ir", "text", "lanes", "planner.*"),
+    "viz.*": ("errors", "sizes", "ir", "text", "lanes", "planner.*", "viz.*"),
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
     "passes.*": (
@@ -72,8 +74,9 @@ ONLY: dict[str, tuple[str, ...]] = {
     "runtime.*": ("errors", "ir", "text", "lanes", "ops", "runtime.*"),
 }
 
-EXCEPTIONS = {("ir", "text"), ("ir", "planner.choose")}
-"""``Plan.__str__`` and ``Plan.tradeoff`` import when they are called: only such conveniences reach up."""
+EXCEPTIONS = {("ir", "text"), ("ir", "planner.choose"), ("ir", "lanes"), ("ir", "viz"), ("ir", "viz.picture")}
+"""``Plan.__str__``, ``Plan.tradeoff`` and ``Plan.visualize`` import when they are called, or name a type for the type
+checker: only such conveniences reach up."""
 
 
 def modules() -> dict[str, Path]:

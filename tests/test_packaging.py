@@ -82,6 +82,13 @@ def test_wheel_holds_every_module(wheel_from_sdist: Path) -> None:
     assert "spcompile/py.typed" in zipfile.ZipFile(wheel_from_sdist).namelist()
 
 
+def test_wheel_holds_what_pages_are_made_of(wheel_from_sdist: Path) -> None:
+    folder = Path("spcompile") / "viz"
+    on_disk = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).iterdir() if path.is_file()}
+    assert {name for name in zipfile.ZipFile(wheel_from_sdist).namelist() if name.startswith(f"{folder}/")} == on_disk
+    assert f"{folder}/page.html" in on_disk
+
+
 def test_link_changes_nothing_in_the_wheel(wheel_from_sdist: Path, tmp_path: Path) -> None:
     checkout = copy_without_link(tmp_path / "checkout")
     (checkout / "spcompile" / "passes").symlink_to("../passes", target_is_directory=True)

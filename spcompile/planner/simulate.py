@@ -26,13 +26,13 @@ all. How far copies come ahead may take many iterations to settle; after `MOST_I
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 from spcompile.ir import ActionKind, Machine, Plan, Slot
-from spcompile.lanes import Span, Stall
+from spcompile.lanes import Span, Stall, Stay
 
 MOST_ITERATIONS = 64
 """No steady state is awaited for longer, except for two periods. Of 20,000 random chains 394 took more than one warm
@@ -56,6 +56,10 @@ class Simulation:
         spans: of all simulated iterations, the cold one first, in order of start; copies for the one that would follow
             included.
         stalls: of the first iteration of the last period.
+        stalls_by_iteration: those of every simulated iteration; ``stalls`` is one of these.
+        typical: the iteration of ``stalls``: the first of the last period.
+        stays: of pages in slots, in the order in which their copies start; the last ones may have no end.
+        iteration_starts_us: when compute reaches the begin of each simulated iteration, and lastly the end of all.
         memory: pairs of a time in us and how many bytes of weights (in slots from the start of their copy to their
             eviction, residents, leftovers) and of activations of the running step take memory from then on.
         cold_us: duration of iteration 0.
@@ -67,6 +71,10 @@ class Simulation:
     down_us: float
     spans: tuple[Span, ...]
     stalls: tuple[Stall, ...]
+    stalls_by_iteration: tuple[tuple[Stall, ...], ...]
+    typical: int
+    stays: tuple[Stay, ...]
+    iteration_starts_us: tuple[float, ...]
     memory: tuple[tuple[float, int], ...]
     cold_us: float
 
@@ -96,13 +104,20 @@ def simulate(plan: Plan, machine: Machine, *, iterations: int | None = None) -> 
         history = _until_steady(schedule, 2 * period + 2)
     else:
         history = list(islice(_replay(schedule), iterations))
+    causes = _causes(history)
+    stalls = tuple(tuple(_stalls(plan, schedule, each, index, causes)) for index, each in enumerate(history))
+    typical = max(1, len(history) - period)
     return Simulation(
         iteration_us=_average_us(history, period),
         compute_us=schedule.compute_us,
         link_us=schedule.link_us,
         down_us=sum(schedule.send_us),
         spans=tuple(sorted(_spans(plan, history), key=lambda span: span.start_us)),
-        stalls=tuple(_stalls(plan, schedule, history, max(1, len(history) - period))),
+        stalls=stalls[typical],
+        stalls_by_iteration=stalls,
+        typical=typical,
+        stays=tuple(sorted(_stays(plan, history), key=lambda stay: stay.start_us)),
+        iteration_starts_us=(*(each.reached_us[0] for each in history), history[-1].end_us),
         memory=tuple(_memory(plan, history)),
         cold_us=history[0].end_us,
     )
@@ -325,10 +340,19 @@ def _spans(plan: Plan, history: Sequence[_Iteration]) -> Iterator[Span]:
             yield Span("D2H", plan.steps[step].segment, step, index, start_us, end_us)
 
 
-def _stalls(plan: Plan, schedule: _Schedule, history: Sequence[_Iteration], index: int) -> Iterator[Stall]:
-    """The stalls of the iteration with this index."""
-    causes = _causes(history[: index + 1])
-    iteration = history[index]
+def _stays(plan: Plan, history: Sequence[_Iteration]) -> Iterator[Stay]:
+    for index, iteration in enumerate(history):
+        for copy in iteration.copies:
+            reader = index + copy.issue.ahead
+            end_step = plan.intervals[copy.issue.interval].end_step
+            end_us = history[reader].reached_us[end_step] if reader < len(history) else None
+            yield Stay(copy.issue.interval, reader, copy.start_us, copy.end_us, end_us)
+
+
+def _stalls(
+    plan: Plan, schedule: _Schedule, iteration: _Iteration, index: int, causes: Mapping[tuple[int, int], str]
+) -> Iterator[Stall]:
+    """The stalls of one iteration, of this index; ``causes`` as from `_causes`."""
     tolerance_us = ROUNDING * (iteration.end_us - iteration.reached_us[0])
     sent = ""
     senders = {step for step, _, _ in iteration.sends}
@@ -374,14 +398,12 @@ def _memory(plan: Plan, history: Sequence[_Iteration]) -> Iterator[tuple[float, 
 
 
 def _changes(plan: Plan, history: Sequence[_Iteration]) -> Iterator[tuple[float, int]]:
-    page_bytes = [page.nbytes for page in plan.pages]
-    for index, iteration in enumerate(history):
-        for copy in iteration.copies:
-            interval = plan.intervals[copy.issue.interval]
-            yield copy.start_us, page_bytes[interval.page]
-            if index + copy.issue.ahead < len(history):
-                reader = history[index + copy.issue.ahead]
-                yield reader.reached_us[interval.end_step], -page_bytes[interval.page]
+    for stay in _stays(plan, history):
+        nbytes = plan.pages[plan.intervals[stay.interval].page].nbytes
+        yield stay.start_us, nbytes
+        if stay.end_us is not None:
+            yield stay.end_us, -nbytes
+    for iteration in history:
         for step, start_us in enumerate(iteration.starts_us):
             yield start_us, plan.steps[step].activations_bytes
             yield iteration.ends_us[step], -plan.steps[step].activations_bytes

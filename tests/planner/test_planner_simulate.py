@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile.ir import Interval, Machine, Plan, Slot, Step, Weight
-from spcompile.lanes import Span, Stall
+from spcompile.lanes import Span, Stall, Stay
 from spcompile.planner import simulate as simulate_module
 from spcompile.planner.machine import PROFILES
 from spcompile.planner.make_plan import make_plan
@@ -291,6 +291,27 @@ def test_memory_is_a_staircase() -> None:
     assert [time_us for time_us, _ in memory[:6]] == pytest.approx([0, 10, 14, 34, 39, 49])
 
 
+def test_stays_in_slots() -> None:
+    """The same, page by page: copied, there, evicted; the last one is for an iteration that is not simulated."""
+    plan = plan_of(chain(2), [10, 20], [4, 5], k=1)
+    simulation = simulate(plan, MACHINE, iterations=2)
+    assert simulation.iteration_starts_us == pytest.approx((0, 39, 78))
+    assert simulation.stays == (
+        Stay(0, 0, 0.0, 10.0, 14.0),
+        Stay(1, 0, 14.0, 34.0, 39.0),
+        Stay(0, 1, 39.0, 49.0, 53.0),
+        Stay(1, 1, 53.0, 73.0, 78.0),
+        Stay(0, 2, 78.0, 88.0, None),
+    )
+
+
+def test_stalls_of_every_iteration() -> None:
+    """The cold iteration waits for its first page, which the warm ones have been prefetched."""
+    simulation = simulate(chain_of(3, 10, 40, k=2), MACHINE)
+    assert simulation.stalls_by_iteration[0] == (Stall(0, 0.0, 10.0, "p0", "late"),)
+    assert set(simulation.stalls_by_iteration[1:]) == {()} == {simulation.stalls}
+
+
 def test_copies_for_the_iteration_that_would_follow_are_shown() -> None:
     simulation = simulate(chain_of(5, 10, 4, k=2), MACHINE, iterations=3)
     assert [(span.label, span.iteration) for span in lane(simulation, "H2D")[-2:]] == [("p0", 3), ("p1", 3)]
@@ -434,6 +455,32 @@ def test_an_iteration_is_compute_and_stalls(plan: Plan) -> None:
         (iteration,) = {run.iteration for run in after}
         ends = [run.end_us for run in runs if run.iteration in (iteration - 1, iteration)]
         assert ends[-1] - ends[len(plan.steps) - 1] == pytest.approx(simulation.compute_us + lost_us)
+
+
+@given(plans())
+def test_stalls_of_every_iteration_fill_it(plan: Plan) -> None:
+    simulation = simulate(plan, MACHINE)
+    assert simulation.stalls == simulation.stalls_by_iteration[simulation.typical]
+    for (start_us, end_us), stalls in zip(
+        pairwise(simulation.iteration_starts_us), simulation.stalls_by_iteration, strict=True
+    ):
+        assert end_us - start_us == pytest.approx(simulation.compute_us + sum(stall.us for stall in stalls))
+        assert all(start_us <= stall.start_us <= end_us for stall in stalls)
+
+
+@given(plans())
+def test_stays_are_copies_and_never_meet_in_a_place(plan: Plan) -> None:
+    simulation = simulate(plan, MACHINE)
+    copies = [(span.start_us, span.end_us, span.iteration) for span in lane(simulation, "H2D")]
+    assert sorted(copies) == sorted((stay.start_us, stay.arrived_us, stay.iteration) for stay in simulation.stays)
+    for index, one in enumerate(simulation.stays):
+        for other in simulation.stays[index + 1 :]:
+            places = [
+                plan.slots[plan.intervals[stay.interval].slots[stay.iteration % plan.period]] for stay in (one, other)
+            ]
+            # Where all phases are one in time, the simulation is of the first one: places are compared within it.
+            if meet(*places) and one.iteration == other.iteration:
+                assert one.end_us is None or one.end_us <= other.start_us or other.start_us == other.arrived_us
 
 
 @given(plans())
