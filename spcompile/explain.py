@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from spcompile.runtime.recording import Recorder
 from spcompile.runtime.store import PageStore, find_store
 from spcompile.runtime.streams import EmulatedStreams
 from spcompile.text import format_bytes
+from spcompile.viz.picture import Picture
 
 WORTHWHILE = 0.03
 """A change that saves less than this part of an iteration is not proposed: the next recording may differ by as much."""
@@ -292,10 +294,11 @@ class Explanation:
     def _median(values: list[float]) -> float:
         return statistics.median(values) if values else 0.0
 
-    def visualize(self, path: str | None = None) -> Any:
+    def visualize(self, path: str | Path | None = None) -> Picture:
         """The plan's picture, with the measured lanes beside the predicted ones where there are any; see
         `Plan.visualize`."""
-        return self.plan.visualize(path, recording=self.recording)
+        recording = self.recording if self.is_timed else None
+        return self.plan.visualize(path, recording=recording)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))

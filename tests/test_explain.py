@@ -180,7 +180,8 @@ def test_a_real_run_is_explained() -> None:
     assert not explanation.is_timed
     with torch.no_grad():
         run.model(torch.ones(3, 32))  # another batch size
-    assert {each.recompiles for each in spcompile.explain(run.model)} == {1}
+    explanations: Any = spcompile.explain(run.model)
+    assert {each.recompiles for each in explanations} == {1}
 
 
 def test_each_graph_is_explained() -> None:

@@ -446,8 +446,8 @@ class PageStore:
         self.make_resident(self._own([*staying, *plan.leftovers]))
 
     def trim_arena(self, compiled_with: Hashable) -> None:
-        """Keep no larger arena than the graphs of one torch.compile call need: the newest one's options are what counts.
-        Graphs of an earlier call take their memory again when they run."""
+        """Keep no larger arena than the graphs of one torch.compile call need: the options given last count. Graphs of
+        an earlier call take their memory again when they run."""
         graphs = (each for each in self.runtimes() if each.compiled_with == compiled_with)
         self.arena.shrink(max((each.plan.arena_bytes for each in graphs), default=0))
 
