@@ -19,10 +19,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("options", "sizes"),
     ("ir",),
-    ("text", "lanes"),
+    ("wording",),
+    ("timeline", "page_table", "lanes"),
+    ("text",),
     ("verify", "verify.violations"),
     ("verify.plans",),
-    ("planner.*", "module_tree"),
+    ("planner.*", "module_tree", "plan_details"),
+    ("plan_summary",),
     # From here on torch may be imported.
     ("ops",),
     ("graph", "joint"),
@@ -71,8 +74,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "runtime.*": ("errors", "ir", "text", "lanes", "ops", "runtime.*"),
 }
 
-EXCEPTIONS = {("ir", "text"), ("ir", "planner.choose")}
-"""``Plan.__str__`` and ``Plan.tradeoff`` import when they are called: only such conveniences reach up."""
+EXCEPTIONS = {("ir", "plan_details"), ("ir", "plan_summary"), ("ir", "planner.choose")}
+"""Methods of ``Plan`` that import when they are called (`to_text`, `print`, `tradeoff`): only conveniences reach up."""
 
 
 def modules() -> dict[str, Path]:
