@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("options", "sizes"),
+    ("options", "sizes", "environment"),
+    ("progress",),
     ("ir",),
     ("wording",),
     ("timeline", "page_table", "lanes"),
@@ -30,7 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("graph", "joint"),
     ("graph_text", "cuda_decompositions", "costs"),
-    ("passes.base", "verify.graphs", "partition"),
+    ("verify.graphs", "partition", "dump"),
+    ("passes.base",),
     ("passes.structure", "passes.cut_finer"),
     ("passes.runs",),
     ("passes.pages",),
@@ -53,7 +55,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "verify.graphs": ("errors", "ir", "text", "ops", "graph_text", "verify.violations", "verify.plans"),
     "planner.*": ("errors", "options", "ir", "text", "lanes", "planner.*"),
     # A pass sees its base, never another pass.
-    "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
+    "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph", "dump"),
     "passes.*": (
         *(
             "errors",
@@ -71,7 +73,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "passes.structure",  # not a pass: what find_layers does where names say nothing
         *("passes.cut_finer", "passes.runs", "passes.pages"),  # nor are these: what make_schedule consists of
     ),
-    "runtime.*": ("errors", "ir", "text", "lanes", "ops", "runtime.*"),
+    "runtime.*": ("errors", "environment", "progress", "ir", "text", "lanes", "ops", "runtime.*"),
 }
 
 EXCEPTIONS = {("ir", "plan_details"), ("ir", "plan_summary"), ("ir", "planner.choose")}
