@@ -510,7 +510,7 @@ class Plan:
             PlanFormatError: the text is not one of a plan, of another format version, or was changed in one place and
                 not in the others; the line is shown.
         """
-        from spcompile.plan_details import read_plan
+        from spcompile.plan_parser import read_plan
 
         return read_plan(text)
 

@@ -224,7 +224,11 @@ def _inline_slot_columns(plan: Plan) -> int:
     """Columns for the slots of an interval in all phases; 0 where they are too many for the lines of the schedule."""
     if not 0 < plan.period <= INLINE_PHASES:
         return 0
-    columns = max((len(_format_slots(interval, range(plan.period))) for interval in plan.intervals), default=1)
+    starts = (0, 1)  # of this iteration and of the next one
+    columns = max(
+        (len(_format_slots(each, range(start, start + plan.period))) for each in plan.intervals for start in starts),
+        default=1,
+    )
     return columns if columns <= SLOT_COLUMNS else 0
 
 

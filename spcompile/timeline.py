@@ -74,7 +74,8 @@ def _in_words(plan: Plan, steps: range, held: list[int]) -> list[str]:
     least, most = min(held[steps.start : steps.stop]), max(held[steps.start : steps.stop])
     holds = f"{least} to {most} pages hold slots" if least < most else f"{count(most, 'page')} {_hold(most)} slots"
     text = f"steps {steps.start} to {steps.stop - 1}: {holds}; {count(len(copied), 'copy', 'copies')} started"
-    return wrap(fit_list(copied, 2 * WIDTH - len(text) - 20, f"... {text}{': ' if copied else ''}"), "  ")
+    two_lines = 2 * WIDTH - 12  # less what wrapping may leave empty
+    return wrap(fit_list(copied, two_lines, f"... {text}{': ' if copied else ''}"), "  ")
 
 
 def _hold(pages: int) -> str:

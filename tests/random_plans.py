@@ -43,7 +43,7 @@ def plans() -> st.SearchStrategy[Plan]:
 
 
 TIMES_US = st.floats(0, 1e9)
-MONOMIALS = st.sampled_from(["1", "s0", "s0*s1**2", "((s0 + 7)//8)*s1"])
+MONOMIALS = st.sampled_from(["1", "s0", "s0*s1**2", "((s0 + 7)//8)*s1", "s0//0", "Max()", "2**2**99", "", "\0", "s9"])
 POLYNOMIALS = st.lists(st.tuples(MONOMIALS, SIZES_BYTES), max_size=3).map(tuple)
 RATES = st.floats(1, 1e15)
 MACHINES = st.builds(

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verify", "verify.violations"),
     ("verify.plans",),
     ("planner.*", "module_tree", "plan_details"),
-    ("plan_summary",),
+    ("plan_summary", "plan_parser"),
     # From here on torch may be imported.
     ("ops",),
     ("graph", "joint"),
@@ -76,7 +76,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "runtime.*": ("errors", "environment", "progress", "ir", "text", "lanes", "ops", "runtime.*"),
 }
 
-EXCEPTIONS = {("ir", "plan_details"), ("ir", "plan_summary"), ("ir", "planner.choose")}
+EXCEPTIONS = {("ir", "plan_details"), ("ir", "plan_parser"), ("ir", "plan_summary"), ("ir", "planner.choose")}
 """Methods of ``Plan`` that import when they are called (`to_text`, `print`, `tradeoff`): only conveniences reach up."""
 
 

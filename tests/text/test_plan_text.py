@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 
 from spcompile.ir import Action, ActionKind, Page, Plan
-from spcompile.text import WIDTH, LineKey, format_bytes, format_plan, plan_text
+from spcompile.text import WIDTH, LineKey, format_plan, plan_text
 from spcompile.verify.plans import verify_plan
 from spcompile.verify.violations import render
-from tests.hand_plans import MIB, PLANS, page
+from tests.hand_plans import PLANS
 from tests.mutants import mutants
 from tests.random_plans import full_plans, plans
-from tests.text.plan_cases import CASES, language_model
+from tests.text.plan_cases import CASES
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -32,24 +32,6 @@ def test_golden_of_a_wrong_plan(golden: Callable[[str, str], None]) -> None:
     plan = PLANS["chain_in_batches"]
     wrong = replace(plan, k=2, intervals=plan.intervals[:-1], residents=(9,))
     golden("wrong_plan_with_marks", render(plan_text(wrong).lines, verify_plan(wrong)))
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.00 KiB"),
-        (1536, "1.50 KiB"),
-        (1024**2 - 1, "1.00 MiB"),  # never "1024.00 KiB"
-        (1024**3 * 123 // 100, "1.23 GiB"),
-        (1024**4, "1.00 TiB"),
-        (5000 * 1024**4, "5000.00 TiB"),
-        (-2048, "-2.00 KiB"),
-    ],
-)
-def test_format_bytes(nbytes: int, text: str) -> None:
-    assert format_bytes(nbytes) == text
 
 
 @given(plans() | full_plans())
@@ -116,21 +98,6 @@ def test_long_names_keep_both_ends() -> None:
     plan = PLANS["all_resident"]
     long = replace(plan, pages=(Page("model.language_model.decoder.blocks.17.mlp", ()), *plan.pages[1:]))
     assert "  0  model.la..er.blocks.17.mlp         0 B  resident" in format_plan(long)
-
-
-def test_pages_collapse_only_where_they_are_alike() -> None:
-    plan = language_model(40, 2)
-    assert "1..40  model.layers.0 .. 39" in format_plan(plan)
-    other = replace(plan, pages=(*plan.pages[:20], page("model.layers.19", MIB), *plan.pages[21:]))
-    rows = [line.split()[:4] for line in format_plan(other).splitlines() if " streamed " in line]
-    assert rows == [
-        ["1..19", "model.layers.0", "..", "18"],
-        ["20", "model.layers.19", "1.00", "MiB"],
-        ["21..40", "model.layers.20", "..", "39"],
-        ["41", "lm_head", "250.00", "MiB"],
-    ]
-    read_twice = replace(plan, steps=(*plan.steps[:-1], replace(plan.steps[-1], reads=(20, 41))))
-    assert "20  model.layers.19" in format_plan(read_twice)
 
 
 @pytest.mark.parametrize("name", PLANS)

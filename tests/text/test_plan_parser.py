@@ -126,6 +126,7 @@ def test_a_change_in_one_place_shows_the_other() -> None:
         ("plan device=cuda:0 k=2", "plan device=cuda:0 k=two", "  plan device=cuda:0 k=two", "k must be of type int"),
         ("k=2 m=1", "k=2 m=1.0", "m=1.0", "m must be of type int"),
         ("wraps=true", "wraps=1", "wraps=1", "wraps must be of type bool"),
+        ("k=2 m=1", "k=2 m=9" + 400 * "9", "m=999", "m must be of type int"),
         ("k=2 m=1", "k=2 m=", "m= wraps", "expected a value behind m="),
         ("k=2 m=1", "k=2 k=1", "k=2 k=1", "expected a new field and its value, name=value, at 'k=1"),
         ("k=2 m=1", "k=2, m=1", "k=2, m=1", "expected a space at ', m=1"),
