@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from spcompile.dump import NOWHERE, Dump
 from spcompile.graph import is_cast, is_view, memory_roots, written_inputs
 from spcompile.ir import Machine, Page, Plan, Weight
 from spcompile.options import Options
@@ -74,6 +75,8 @@ class Program:
             returns; filled in by ``insert_transfers``.
         sends: per step that sends gradients, which of Dynamo's inputs they belong to, in the order of the tuple that
             the send returns; filled in by ``insert_transfers``.
+        name: of the model, for people.
+        dump: where the graph leaves its texts, if anywhere.
     """
 
     module: fx.GraphModule
@@ -96,6 +99,8 @@ class Program:
     paged: dict[str, int] = field(default_factory=dict)
     page_inputs: dict[int, tuple[str, ...]] = field(default_factory=dict)
     sends: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    name: str = "graph"
+    dump: Dump = NOWHERE
 
     @property
     def graph(self) -> fx.Graph:
@@ -111,6 +116,13 @@ class Program:
         """The graphs that are planned together, in the order in which they run: one, or forward and backward."""
         first = self.forward or self
         return (first,) if first.backward is None else (first, first.backward)
+
+    @property
+    def label(self) -> str:
+        """Which graph of which model it is, for people."""
+        if self.forward is not None:
+            return f"{self.name}-backward"
+        return f"{self.name}-{'inference' if self.backward is None else 'forward'}"
 
     def steps(self) -> range:
         """Which steps of the plan are this graph's."""

@@ -78,6 +78,12 @@ def take_in_caller(arguments: Sequence[Tensor], options: Options) -> PageStore |
     return store
 
 
+def name_of_caller(inputs: Sequence[Any]) -> str:
+    """The class of the model that is being called with some of these as its weights; "graph" where it is not found."""
+    model = _running_model(frozenset(id(each) for each in inputs if isinstance(each, nn.Parameter)))
+    return "graph" if model is None else type(model).__name__
+
+
 def _new_store(weights: Sequence[nn.Parameter], options: Options) -> PageStore:
     devices = sorted({str(weight.device) for weight in weights})
     if len(devices) > 1:

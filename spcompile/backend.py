@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from torch._dynamo.callback import CallbackArgs, on_compile_end, on_compile_start
 from torch._dynamo.exc import ShortenTraceback
 
-from spcompile.arrival import find_or_make_store, take_in_caller
+from spcompile.arrival import find_or_make_store, name_of_caller, take_in_caller
 from spcompile.capture import Capture, Kind
 from spcompile.collector import CollectorPause
+from spcompile.environment import dump_folder
 from spcompile.errors import SuperpipelineError
 from spcompile.ir import Plan
 from spcompile.options import Options, parse_options
@@ -89,7 +90,15 @@ class _Compiler:
         if store.rehomed:
             rehome_graph(gm, store.device)
             traced_inputs = rehome_examples(gm, example_inputs, store.device)
-        self.capture = Capture(gm, example_inputs, options, store.weight_of, store.model_weights(), traced_inputs)
+        self.capture = Capture(
+            gm,
+            example_inputs,
+            options,
+            store.weight_of,
+            store.model_weights(),
+            traced_inputs,
+            name="graph" if dump_folder() is None else name_of_caller(example_inputs),
+        )
         self.find_store = functools.partial(take_in_caller, options=options)
         self.graphs: list[CompiledGraph] = []
         self.training: Program | None = None
@@ -210,3 +219,4 @@ def _report(plan: Plan, options: Options) -> None:
         plan.device,
         format_bytes(plan.bytes_moved),
     )
+    logger.debug("the plan:\n%s", plan)

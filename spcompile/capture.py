@@ -68,6 +68,7 @@ class Capture:
         model_weights: all weights of the model, in the order of its parameters.
         traced_inputs: what AOTAutograd traces with instead of ``example_inputs`` (a re-homed model's stand-ins).
         for_cuda: whether CPU tensors stand for those of a GPU that is not here.
+        name: of the model, for people.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Capture:
         model_weights: Sequence[Weight],
         traced_inputs: Sequence[Any] | None = None,
         for_cuda: bool = False,
+        name: str = "graph",
     ) -> None:
         self.gm = gm
+        self.name = name
         self.for_cuda = for_cuda
         self.traced_inputs = example_inputs if traced_inputs is None else traced_inputs
         self.example_inputs = example_inputs
@@ -158,7 +161,7 @@ class Capture:
         wraps = backward is None
         self.written.update(_written_indices(module.graph))
         model_order = {weight.name: index for index, weight in enumerate(self.model_weights)}
-        program = Program(module, weights, self.options, str(device), wraps, model_order)
+        program = Program(module, weights, self.options, str(device), wraps, model_order, name=self.name)
         free_bytes = free_device_bytes(device) if free_bytes is None else free_bytes
         if store is not None:
             program.known_pages = tuple(store.pages)

@@ -428,7 +428,8 @@ class Plan:
         """The steps of each graph: one of all steps, or in training those of forward and those of backward."""
         if self.backward_step is None:
             return (range(len(self.steps)),)
-        return range(self.backward_step), range(self.backward_step, len(self.steps))
+        turn = min(max(self.backward_step, 0), len(self.steps))  # a wrong plan has a text, too
+        return range(turn), range(turn, len(self.steps))
 
     def load_step(self, interval: Interval, steps: range | None = None) -> int:
         """First of the steps (by default of all) that needs the interval's page during its stay; -1 where none does."""
@@ -523,10 +524,30 @@ class Plan:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanFormatError(f"not the JSON text of a plan: {error!r}") from error
 
-    def __str__(self) -> str:
-        from spcompile.text import format_plan  # text is above ir; only the convenience of print(plan) reaches up
+    def to_text(self) -> str:
+        """The plan as text for people that `from_text` reads back to an equal plan: what ``print(plan)`` shows in
+        short, the whole schedule, and every detail below. Equal plans have equal texts."""
+        from spcompile.plan_details import write_plan  # conveniences reach up, as tests/test_import_layers.py lists
 
-        return format_plan(self)
+        return write_plan(self)
+
+    @classmethod
+    def from_text(cls, text: str) -> Plan:
+        """Read `to_text`'s text.
+
+        Raises:
+            PlanFormatError: the text is not one of a plan, of another format version, or was changed in one place and
+                not in the others; the line is shown.
+        """
+        from spcompile.plan_parser import read_plan
+
+        return read_plan(text)
+
+    def __str__(self) -> str:
+        """What people need to see first: totals, pages, slots, a timeline, and what a simulation predicts."""
+        from spcompile.plan_summary import summarize
+
+        return summarize(self)
 
 
 class Plans(tuple[Plan, ...]):
@@ -566,7 +587,9 @@ class Plans(tuple[Plan, ...]):
         return visualize(self, path, machine=machine, recording=recording, budget_bytes=budget_bytes)
 
     def __str__(self) -> str:
-        return "\n\n".join(f"Graph {index} of {len(self)}\n{plan}" for index, plan in enumerate(self, start=1))
+        from spcompile.plan_summary import summarize_all
+
+        return summarize_all(self)
 
 
 def _symbol(name: str) -> sympy.Symbol:

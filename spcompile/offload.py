@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spcompile.errors import OffloadError
+from spcompile.progress import Advance, progress
 from spcompile.runtime.host import HostBlock, check_host_memory, compute_device, lay_out_blocks
 from spcompile.runtime.optimizers import watch_optimizers
 from spcompile.runtime.store import PageStore
@@ -89,9 +90,11 @@ def offload(model: Model, device: str | torch.device | None = None) -> Model:
             fresh.append(storage)
     store.make_offloaded(name for name, weight in store.weights.items() if not weight.has_home)
     check_host_memory(sum(storage.nbytes for storage in fresh if storage.tensors[0].device.type != "cpu"))
+    sizes_bytes = [storage.nbytes for storage in fresh]
     with ExitStack() as undo:
-        for places in lay_out_blocks([storage.nbytes for storage in fresh]):
-            _fill_block(store, [(fresh[index], offset_bytes) for index, offset_bytes in places], undo)
+        with progress("offloading weights", sum(sizes_bytes), "B") as advance:
+            for places in lay_out_blocks(sizes_bytes):
+                _fill_block(store, [(fresh[index], offset_bytes) for index, offset_bytes in places], undo, advance)
         _move_others(model, target, undo)
         undo.pop_all()
     return model
@@ -114,11 +117,15 @@ def restore(model: Model, device: str | torch.device = "cpu") -> Model:
         OffloadError: there is no such device.
     """
     target = compute_device(device)
-    for tensor in _tensors(model):
-        tag = tag_of(tensor)
-        if tag is not None:
-            tag.store.release(tag.name, target)
-        untag(tensor)  # ``.half()`` and the like leave tags on tensors that look elsewhere
+    tags = {(tag.store, tag.name) for tag in map(tag_of, _tensors(model)) if tag is not None}
+    with progress("restoring weights", sum(store.weights[name].nbytes for store, name in tags), "B") as advance:
+        for tensor in _tensors(model):
+            tag = tag_of(tensor)
+            if tag is not None:
+                nbytes = tag.store.weights[tag.name].nbytes
+                tag.store.release(tag.name, target)
+                advance(nbytes)
+            untag(tensor)  # ``.half()`` and the like leave tags on tensors that look elsewhere
     with ExitStack() as undo:
         _move_others(model, target, undo)
         undo.pop_all()
@@ -180,11 +187,11 @@ def _keep(store: PageStore, storage: _Storage, tag: Tag) -> None:
         store.attach(tensor, name)
 
 
-def _fill_block(store: PageStore, places: Sequence[tuple[_Storage, int]], undo: ExitStack) -> None:
+def _fill_block(store: PageStore, places: Sequence[tuple[_Storage, int]], undo: ExitStack, advance: Advance) -> None:
     """Copy storages into a block of their own and let everything that looks at them look there."""
     with real_tensors():
         pieces = [(offset_bytes, bytes_of(storage.tensors[0])) for storage, offset_bytes in places]
-        block = HostBlock.filled(pieces, store.device)
+        block = HostBlock.filled(pieces, store.device, advance)
     del pieces  # they hold the originals
     for storage, offset_bytes in places:
         origin = storage.tensors[0].device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from spcompile.dump import new_dump
 from spcompile.passes.base import Pass, Program
 from spcompile.passes.find_layers import find_layers
 from spcompile.passes.insert_transfers import insert_transfers
@@ -46,6 +47,10 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
         OptionError: the plan that was asked for is impossible.
         VerificationError: a pass broke a rule (a bug in this package, never the user's mistake).
     """
+    if program.plan is None:
+        for graph in program.graphs:
+            graph.dump = new_dump(graph.label)
+            graph.dump.write_graph("0-captured.txt", graph.module)
     for each in passes:
         planned_before = program.plan is not None
         graphs = (program,) if planned_before else program.graphs
@@ -53,6 +58,10 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
             each.run(graph)
         for graph in graphs:
             logger.debug("after %s:\n%s", each.name, graph.graph)
+            graph.dump.write_graph(f"{PASSES.index(each) + 1}-{each.name}.txt", graph.module)
+            if not planned_before and graph.plan is not None:
+                graph.dump.write("plan.txt", graph.plan.to_text)
+                graph.dump.write("plan.json", graph.plan.to_json)
         if not program.options.verify:
             continue
         if program.plan is not None and not planned_before:
@@ -63,3 +72,5 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PASSES) -> None:
             names = {name: source.weight.name for name, source in graph.weights.items()}
             steps = graph.steps() if graph.plan is not None else None
             check_graph(graph.module, graph.plan, names, steps=steps, after=each.name, final=each is PASSES[-1])
+    if passes[-1:] == PASSES[-1:]:
+        program.dump.write("outer.py", lambda: program.graph.python_code("self").src)

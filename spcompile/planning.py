@@ -211,9 +211,18 @@ class _Planner:
                 list(weights.values()),
                 traced_inputs,
                 for_cuda=is_absent(device),
+                name=type(self.model).__name__,
             )
         else:
-            capture = Capture(gm, example_inputs, self.options, store.weight_of, store.model_weights(), traced_inputs)
+            capture = Capture(
+                gm,
+                example_inputs,
+                self.options,
+                store.weight_of,
+                store.model_weights(),
+                traced_inputs,
+                name=type(self.model).__name__,
+            )
 
         def plan_graph(module: fx.GraphModule, backward: fx.GraphModule | None = None) -> None:
             free_bytes = _absent_bytes(device) if is_absent(device) else None

@@ -25,6 +25,7 @@ from torch._guards import TracingContext, tracing
 
 from spcompile.graph import memory_roots, tensors_of, value_of
 from spcompile.passes.base import WEIGHT_INPUT
+from spcompile.progress import progress
 
 BoxedCallable = Callable[[list[Any]], Any]
 
@@ -69,12 +70,16 @@ def compile_segments(
             becomes a guard of the capture that it was compiled for, and another capture would not check it.
     """
     known = ChainMap({}, shared), ChainMap({}, own)
-    with _kernels_awaited_together() if compiler == "inductor" else nullcontext():
-        for name, segment in _segments_of(outer):
-            compiled = known[_is_symbolic(segment)]
-            key = segment_key(segment, compiler)
+    keyed = [(name, each, segment_key(each, compiler), known[_is_symbolic(each)]) for name, each in _segments_of(outer)]
+    n_distinct = len({(key, id(compiled)) for _, _, key, compiled in keyed if key not in compiled})
+    with (
+        _kernels_awaited_together() if compiler == "inductor" else nullcontext(),
+        progress(f"compiling segments, {n_distinct} distinct of {len(keyed)}", n_distinct, "segment") as advance,
+    ):
+        for name, segment, key, compiled in keyed:
             if key not in compiled:
                 compiled[key] = CompiledSegment(_compile(segment, compiler))
+                advance(1)
             setattr(outer, name, compiled[key])
     shared.update(known[0].maps[0])
     own.update(known[1].maps[0])
@@ -110,8 +115,10 @@ def _kernels_awaited_together() -> Iterator[None]:
             yield
         finally:
             AsyncCompile.wait = wait  # type: ignore[method-assign]
-        for compiling, scope in pending:
-            wait(compiling, scope)
+        with progress("compiling kernels", len(pending), "segment") as advance:
+            for compiling, scope in pending:
+                wait(compiling, scope)
+                advance(1)
 
 
 def _is_symbolic(segment: fx.GraphModule) -> bool:

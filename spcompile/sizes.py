@@ -19,13 +19,23 @@ from spcompile.errors import OptionError
 Polynomial = tuple[tuple[str, int], ...]
 """A number of bytes: pairs of a monomial and its coefficient, in order of the monomials."""
 
+MOST_POWER = 64
+"""Sizes have small powers; a large one in a file would keep us busy for ever."""
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if isinstance(exponent, int) and exponent > MOST_POWER:
+        raise OverflowError(f"power {exponent}")
+    return base**exponent
+
+
 OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
+    ast.Pow: _power,
 }
 
 Functions = dict[str, Callable[..., Any]]
@@ -50,7 +60,13 @@ def value_of(polynomial: Polynomial, sizes: Mapping[str, int]) -> int:
     Raises:
         OptionError: a size has no value, or the text is no arithmetic.
     """
-    return sum(count * _evaluate(_parsed(monomial), sizes, FUNCTIONS) for monomial, count in polynomial)
+    total = 0
+    for monomial, count in polynomial:
+        try:
+            total += count * _evaluate(_parsed(monomial), sizes, FUNCTIONS)
+        except (ArithmeticError, TypeError) as error:
+            raise OptionError(f"{monomial!r} is not a size: {error}") from error
+    return total
 
 
 def expression_of(polynomial: Polynomial, symbols: Mapping[str, sympy.Symbol]) -> sympy.Expr:
@@ -62,8 +78,8 @@ def expression_of(polynomial: Polynomial, symbols: Mapping[str, sympy.Symbol]) -
 def _parsed(monomial: str) -> ast.expr:
     try:
         return ast.parse(monomial, mode="eval").body
-    except SyntaxError as error:
-        raise OptionError(f"{monomial!r} is not a size: {error.msg}") from error
+    except (SyntaxError, ValueError) as error:
+        raise OptionError(f"{monomial!r} is not a size: {error}") from error
 
 
 def _evaluate(node: ast.expr, sizes: Mapping[str, Any], functions: Functions) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from spcompile.ir import Interval, Page, Plan, Slot, Step, Weight
+from spcompile.ir import Interval, Machine, Page, Plan, Slot, Step, Weight
 from spcompile.planner.machine import PROFILES
 
 NAMES = st.text(max_size=60) | st.from_regex(r"[a-z]{1,8}(\.[a-z0-9_]{1,12}){0,5}", fullmatch=True)
@@ -39,6 +39,54 @@ def plans() -> st.SearchStrategy[Plan]:
         slots=st.lists(SLOTS, max_size=5).map(tuple),
         period=st.integers(-1, 9),
         intervals=st.lists(INTERVALS, max_size=8).map(tuple),
+    )
+
+
+TIMES_US = st.floats(0, 1e9)
+MONOMIALS = st.sampled_from(["1", "s0", "s0*s1**2", "((s0 + 7)//8)*s1", "s0//0", "Max()", "2**2**99", "", "\0", "s9"])
+POLYNOMIALS = st.lists(st.tuples(MONOMIALS, SIZES_BYTES), max_size=3).map(tuple)
+RATES = st.floats(1, 1e15)
+MACHINES = st.builds(
+    Machine,
+    name=NAMES,
+    h2d_bytes_per_s=RATES,
+    d2h_bytes_per_s=RATES,
+    both_bytes_per_s=RATES,
+    copy_us=TIMES_US,
+    flops_per_s=st.lists(st.tuples(NAMES, RATES), max_size=2).map(tuple),
+    memory_bytes_per_s=RATES,
+    kernel_us=TIMES_US,
+    workspace_bytes=SIZES_BYTES,
+    device_bytes=SIZES_BYTES,
+    host_bytes=SIZES_BYTES,
+)
+COSTLY_STEPS = st.builds(
+    Step,
+    NAMES,
+    st.none() | NAMES,
+    st.lists(SMALL, max_size=5).map(tuple),
+    TIMES_US,
+    SIZES_BYTES,
+    st.lists(st.tuples(SMALL, SIZES_BYTES), max_size=2).map(tuple),
+    SIZES_BYTES,
+)
+
+
+@st.composite
+def full_plans(draw: st.DrawFn) -> Plan:
+    """Any plan in which fields that plans without costs leave at their defaults have values, too."""
+    plan = draw(plans())
+    return replace(
+        plan,
+        steps=draw(st.lists(COSTLY_STEPS, max_size=5).map(tuple)),
+        machine=draw(st.none() | MACHINES),
+        sizes=draw(st.lists(st.tuples(st.sampled_from(["s0", "s1"]), SMALL), max_size=2).map(tuple)),
+        inputs=draw(POLYNOMIALS),
+        activations=draw(st.lists(POLYNOMIALS, max_size=3).map(tuple)),
+        workspace_bytes=draw(SIZES_BYTES),
+        other_bytes=draw(SIZES_BYTES),
+        mapped=draw(st.lists(SMALL, max_size=3).map(tuple)),
+        backward_step=draw(st.none() | SMALL),
     )
 
 

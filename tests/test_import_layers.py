@@ -17,18 +17,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("options", "sizes", "collector"),
+    ("options", "sizes", "collector", "environment"),
+    ("progress",),
     ("ir",),
-    ("text", "lanes"),
+    ("wording",),
+    ("timeline", "page_table", "lanes"),
+    ("text",),
     ("verify", "verify.violations"),
     ("verify.plans",),
-    ("planner.*", "module_tree"),
+    ("planner.*", "module_tree", "plan_details"),
+    ("plan_summary", "plan_parser"),
     ("viz.*",),
     # From here on torch may be imported.
     ("ops",),
     ("graph", "joint"),
     ("graph_text", "cuda_decompositions", "costs"),
-    ("passes.base", "verify.graphs", "partition"),
+    ("verify.graphs", "partition", "dump"),
+    ("passes.base",),
     ("passes.structure", "passes.cut_finer"),
     ("passes.runs",),
     ("passes.pages",),
@@ -53,7 +58,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "planner.*": ("errors", "options", "ir", "text", "lanes", "planner.*"),
     "viz.*": ("errors", "sizes", "ir", "text", "lanes", "planner.*", "viz.*"),
     # A pass sees its base, never another pass.
-    "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph"),
+    "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph", "dump"),
     "passes.*": (
         *(
             "errors",
@@ -71,12 +76,15 @@ ONLY: dict[str, tuple[str, ...]] = {
         "passes.structure",  # not a pass: what find_layers does where names say nothing
         *("passes.cut_finer", "passes.runs", "passes.pages"),  # nor are these: what make_schedule consists of
     ),
-    "runtime.*": ("errors", "ir", "text", "lanes", "ops", "runtime.*"),
+    "runtime.*": ("errors", "environment", "progress", "ir", "text", "lanes", "ops", "runtime.*"),
 }
 
-EXCEPTIONS = {("ir", "text"), ("ir", "planner.choose"), ("ir", "lanes"), ("ir", "viz"), ("ir", "viz.picture")}
-"""``Plan.__str__``, ``Plan.tradeoff`` and ``Plan.visualize`` import when they are called, or name a type for the type
-checker: only such conveniences reach up."""
+EXCEPTIONS = {
+    *(("ir", "plan_details"), ("ir", "plan_parser"), ("ir", "plan_summary")),
+    *(("ir", "planner.choose"), ("ir", "lanes"), ("ir", "viz"), ("ir", "viz.picture")),
+}
+"""Methods of ``Plan`` that import when they are called (`to_text`, `print`, `tradeoff`, `visualize`), or name a type
+for the type checker: only conveniences reach up."""
 
 
 def modules() -> dict[str, Path]:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from spcompile.errors import OffloadError
 from spcompile.ir import align
+from spcompile.progress import Advance
 
 logger = logging.getLogger("spcompile")
 
@@ -224,11 +225,13 @@ class HostBlock:
         self.mapping.pointer = torch.frombuffer(self.mapping, dtype=torch.uint8).data_ptr()
 
     @classmethod
-    def filled(cls, pieces: Sequence[tuple[int, Tensor]], device: torch.device) -> HostBlock:
+    def filled(
+        cls, pieces: Sequence[tuple[int, Tensor]], device: torch.device, advance: Advance | None = None
+    ) -> HostBlock:
         """A block of just the size of its pieces, filled and registered; see `fill`."""
         offset_bytes, last = pieces[-1]
         block = cls(offset_bytes + last.numel(), device)
-        block.fill(pieces)
+        block.fill(pieces, advance)
         return block
 
     @property
@@ -253,16 +256,17 @@ class HostBlock:
         with torch.cuda.device(self.device):
             return torch.as_tensor(pointer, device=self.device)
 
-    def fill(self, pieces: Sequence[tuple[int, Tensor]]) -> None:
+    def fill(self, pieces: Sequence[tuple[int, Tensor]], advance: Advance | None = None) -> None:
         """Copy tensors into the fresh block, and register it.
 
         Args:
             pieces: where each goes, and uint8 ``[n]`` tensors of any device.
+            advance: is told of bytes that are done (those from a device as soon as there is memory for them).
 
         Raises:
             OffloadError: CUDA refused to register the block.
         """
-        _in_threads([job for offset_bytes, source in pieces for job in self._touches(offset_bytes, source)])
+        _in_threads([job for offset_bytes, source in pieces for job in self._touches(offset_bytes, source)], advance)
         self.register()
         for offset_bytes, source in pieces:  # only now at link speed
             if source.device.type != "cpu":
@@ -301,7 +305,7 @@ class HostBlock:
             yield self.mapping.pointer + offset_bytes + start, None if read is None else read + start, nbytes
 
 
-def _in_threads(jobs: Sequence[tuple[int, int | None, int]]) -> None:
+def _in_threads(jobs: Sequence[tuple[int, int | None, int]], advance: Advance | None = None) -> None:
     """Write fresh memory: (target pointer, source pointer or None for zeros, bytes).
 
     Not with ``Tensor.copy_``: its own threads multiply with these, or are set to one.
@@ -315,8 +319,9 @@ def _in_threads(jobs: Sequence[tuple[int, int | None, int]]) -> None:
             ctypes.memmove(target, source, nbytes)  # like memset, without the interpreter's lock
 
     with ThreadPoolExecutor(min(TOUCH_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(write, jobs):
-            pass
+        for job, _ in zip(jobs, pool.map(write, jobs), strict=True):
+            if advance is not None:
+                advance(job[2])
 
 
 def _cudart() -> Any:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +30,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from spcompile.environment import cache_folder
 from spcompile.ir import Machine
+from spcompile.progress import Advance, progress
 from spcompile.runtime.host import HostBlock, total_host_bytes
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ WIDTH = 4096
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROUNDS = 4
+
+N_RATES = 4 + len(DTYPES) + 1
+"""What is timed: the link up, down, both ways and in pieces; matrix products; memory."""
 
 KERNEL_US = 1.5
 
@@ -86,16 +90,14 @@ def measure_machine(device: torch.device) -> Machine:
         OffloadError: host memory cannot be pinned.
         torch.OutOfMemoryError: the device is full.
     """
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cuda", enabled=False), torch.cuda.device(device):
-        return _Measurement(device).machine()
-
-
-def cache_folder() -> Path:
-    """Where measurements are remembered: ``$SPCOMPILE_CACHE_DIR``, or the user's own folder for caches."""
-    chosen = os.environ.get("SPCOMPILE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spcompile"
+    with (
+        _disable_current_modes(),
+        torch.no_grad(),
+        torch.autocast("cuda", enabled=False),
+        torch.cuda.device(device),
+        progress(f"measuring {device}", N_RATES, "rate") as advance,
+    ):
+        return _Measurement(device, advance).machine()
 
 
 def _remembered_at(device: torch.device) -> Path:
@@ -113,8 +115,9 @@ def _remember(path: Path, machine: Machine) -> None:
 
 
 class _Measurement:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, advance: Advance) -> None:
         self.device = device
+        self.advance = advance
         self.properties: Any = torch.cuda.get_device_properties(device)
         self.up, self.down = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
 
@@ -176,7 +179,9 @@ class _Measurement:
 
     def _best_s(self, *work: Callable[[], None]) -> float:
         """Shortest time from the begin of all works, each on a stream of its choice, to the end of all."""
-        return min(self._time_s(work) for _ in range(ROUNDS))
+        best_s = min(self._time_s(work) for _ in range(ROUNDS))
+        self.advance(1)
+        return best_s
 
     def _time_s(self, work: tuple[Callable[[], None], ...]) -> float:
         current = torch.cuda.current_stream(self.device)

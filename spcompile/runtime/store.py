@@ -38,6 +38,7 @@ from torch.utils.weak import TensorWeakRef
 from spcompile.errors import OffloadError
 from spcompile.ir import Page, Plan, Weight
 from spcompile.lanes import Recording
+from spcompile.progress import Advance, progress
 from spcompile.runtime.arena import Arena
 from spcompile.runtime.gradients import GradientMemory
 from spcompile.runtime.host import HostBlock, lay_out_blocks
@@ -320,16 +321,19 @@ class PageStore:
 
     def _make_homes(self, weights: Sequence[StoredWeight]) -> None:
         """Copy weights that have no home yet into blocks."""
-        for places in lay_out_blocks([weight.nbytes for weight in weights]):
-            moving = [(weights[index], offset_bytes) for index, offset_bytes in places]
-            block = HostBlock.filled(
-                [(offset_bytes, self._face(weight)) for weight, offset_bytes in moving], self.device
-            )
-            for weight, offset_bytes in moving:
-                following = self._following(weight)
-                weight.move_in(block, offset_bytes)
-                for tensor in following if self.rehomed else ():  # the others follow once the device copy goes
-                    look_at(tensor, self._face(weight))
+        sizes_bytes = [weight.nbytes for weight in weights]
+        with progress("moving weights to host memory", sum(sizes_bytes), "B") as advance:
+            for places in lay_out_blocks(sizes_bytes):
+                self._fill_block([(weights[index], offset_bytes) for index, offset_bytes in places], advance)
+
+    def _fill_block(self, moving: Sequence[tuple[StoredWeight, int]], advance: Advance) -> None:
+        pieces = [(offset_bytes, self._face(weight)) for weight, offset_bytes in moving]
+        block = HostBlock.filled(pieces, self.device, advance)
+        for weight, offset_bytes in moving:
+            following = self._following(weight)
+            weight.move_in(block, offset_bytes)
+            for tensor in following if self.rehomed else ():  # the others follow once the device copy goes
+                look_at(tensor, self._face(weight))
 
     def _device_copy(self, weight: StoredWeight, moving: Sequence[StoredWeight]) -> Tensor:
         try:

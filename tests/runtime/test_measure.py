@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import spcompile
+from spcompile.environment import cache_folder
 from spcompile.errors import OffloadError
 from spcompile.ir import Machine
 from spcompile.planner.machine import PROFILES
 from spcompile.runtime import measure
-from spcompile.runtime.measure import cache_folder, this_machine
+from spcompile.runtime.measure import this_machine
 
 CUDA = torch.device("cuda", 0)
 
