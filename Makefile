@@ -29,8 +29,9 @@ help:
 demo: $(INSTALLED)
 	@$(BIN)/python examples/quickstart.py
 
+# One process for each core; each with one thread, as they share the cores already.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
