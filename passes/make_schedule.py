@@ -213,6 +213,7 @@ def _totals(program: Program, costs: Sequence[SegmentCost]) -> dict[str, Any]:
         "activations": largest(candidate for cost in costs for candidate in cost.activations),
         "workspace_bytes": program.machine.workspace_bytes * n_workspaces + rounding_bytes,
         "other_bytes": program.other_bytes,
+        "budget_bytes": program.options.budget,
     }
 
 
