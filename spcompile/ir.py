@@ -35,7 +35,7 @@ GATHERED = 0.55
 """Part of the link's rate that a kernel reaches which gathers rows over it. Measured on an H100 with rows of 8 KiB and
 54 GB/s: 30 GB/s where Inductor fuses the gather, 47 where it does not."""
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Written into every JSON text; ``Plan.from_json`` refuses any other."""
 
 
@@ -241,6 +241,8 @@ class Plan:
         mapped: indices of the pages that are read in place, over the link, by the steps that gather rows of them; for
             other steps that read them they are streamed.
         backward_step: first step of the backward graph in a plan for training; None where there is only one graph.
+        note: what is to be known of how the plan came about, for people: where its example inputs come from if nobody
+            gave any. "" for a plan of inputs that were given, or of a run.
     """
 
     device: str
@@ -262,6 +264,7 @@ class Plan:
     other_bytes: int = 0
     mapped: tuple[int, ...] = ()
     backward_step: int | None = None
+    note: str = ""
 
     def tradeoff(self) -> tuple[TradeoffPoint, ...]:
         """The whole curve of memory against time for this graph, each point with its plan; from the smallest up.
@@ -487,6 +490,7 @@ class Plan:
                 workspace_bytes=fields.pop("workspace_bytes"),
                 other_bytes=fields.pop("other_bytes"),
                 backward_step=fields.pop("backward_step"),
+                note=fields.pop("note"),
                 **fields,
             )
         except PlanFormatError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 from spcompile.errors import OptionError
 from spcompile.ir import Action, ActionKind, Interval, Plan
@@ -96,6 +97,7 @@ def _header(plan: Plan) -> _Lines:
     yield f"k = {plan.k}, m = {plan.m}, period {plan.period}, {ahead}", []
     if plan.backward_step is not None:
         yield f"training: forward is steps 0 to {plan.backward_step - 1}, backward what follows", []
+    yield from ((f"note: {line}", []) for line in wrap(_printable(plan.note), WIDTH - len("note: ")))
     yield "", []
     residents = _sum_pages_bytes(plan, plan.residents)
     leftovers = sum(weight.nbytes for weight in plan.leftovers)

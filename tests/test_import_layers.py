@@ -35,6 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("segments", "runtime.*"),
     ("capture", "rehome", "cuda_attention"),
     ("pipeline", "offload", "arrival", "absent", "training"),
+    ("transformers_inputs", "first_layer"),
+    ("example_inputs", "weights_only"),
     ("backend",),
     ("planning", "explain"),
     ("spcompile",),  # the package's own __init__, which collects the interface
