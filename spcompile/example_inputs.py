@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
-from spcompile.first_layer import find_first_layer, inputs_from_first_layer, takes_inputs
+from spcompile.first_layer import find_first_layer, inputs_from_first_layer, takes_nothing
 from spcompile.transformers_inputs import inputs_from_config, is_transformers_model
 
 TIMM_CONFIGS = ("pretrained_cfg", "default_cfg")
@@ -72,7 +72,7 @@ def _guesses(model: nn.Module, dtype: torch.dtype, shape: Sequence[int] | None) 
         yield from _from_lightning(model, kind)
         yield from _from_timm(model, kind, dtype)
         yield from _from_dummy_inputs(model, kind)
-    if not takes_inputs(model):
+    if takes_nothing(model):
         yield Guess(f"{kind} takes no inputs")
         return
     layer = None if is_pretrained else find_first_layer(model)

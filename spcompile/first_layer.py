@@ -84,13 +84,21 @@ def inputs_from_first_layer(
 
 def required_inputs(model: nn.Module) -> int:
     """How many arguments ``forward`` cannot do without."""
-    parameters = inspect.signature(model.forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in plain and each.default is each.empty for each in parameters)
+    return sum(each.kind in plain and each.default is each.empty for each in _parameters(model) or ())
 
 
-def takes_inputs(model: nn.Module) -> bool:
-    return bool(inspect.signature(model.forward).parameters)
+def takes_nothing(model: nn.Module) -> bool:
+    """Whether ``forward`` has no arguments at all."""
+    return _parameters(model) == []
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
+    """The arguments of ``forward``; None where it does not tell (one that is built in)."""
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
 
 
 _Shapes = Iterator[tuple[int, ...]]

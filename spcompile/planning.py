@@ -15,6 +15,7 @@ import contextlib
 import copy
 import gc
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -138,7 +139,7 @@ def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None
         except Exception as error:
             if planner.error is not None:  # what was asked for is impossible, whatever the inputs
                 raise
-            failures.append(f"{guess}: {type(error).__name__}: {_first_line(error)}")
+            failures.append(f"{guess}: {_reason(error)}")
             logger.info("example inputs that cannot be traced, from %s", failures[-1])
             continue
         logger.info("example inputs from %s", guess)
@@ -187,6 +188,12 @@ def capture_programs(
         OptionError: see `plan`.
     """
     return _Planner(model, options).programs_of(args, kwargs)
+
+
+def _reason(error: Exception) -> str:
+    """Why a call cannot be traced: of an error that Dynamo wraps, what the model or torch said."""
+    inner = re.search(r"\bgot (\w+\(.*\))", str(error))
+    return inner[1] if inner else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

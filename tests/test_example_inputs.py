@@ -394,7 +394,7 @@ class Opaque(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(WIDTH, 8 * WIDTH)
-        self.blocks = nn.ModuleList(nn.Linear(8 * WIDTH, 8 * WIDTH) for _ in range(6))
+        self.blocks = nn.ModuleList(nn.Linear(8 * WIDTH, 8 * WIDTH) for _ in range(4))
         self.norm = nn.LayerNorm(2)
         self.head = nn.Linear(8 * WIDTH, WIDTH)
         self.tied = nn.Linear(8 * WIDTH, WIDTH)
@@ -416,16 +416,16 @@ NOTHING = "weights only: no example inputs could be found"
 def test_weights_only(device: str, meta: bool, caplog: pytest.LogCaptureFixture) -> None:
     with torch.device("meta" if meta else "cpu"):
         model = Opaque()
-    plan = inference_plan(model, device=device, budget=200_000, machine="rtx4090")
+    plan = inference_plan(model, device=device, budget=150_000, machine="rtx4090")
     assert plan.note.startswith(NOTHING)
     assert f"\nnote: {NOTHING}" in str(plan)
     assert NOTHING in caplog.text
-    assert [page.name for page in plan.pages] == ["stem", *(f"blocks.{index}" for index in range(6)), "head"]
-    assert [step.reads for step in plan.steps] == [(index,) for index in range(8)]
-    assert [layer.name for layer in plan.layers] == [f"blocks.{index}" for index in range(6)]
+    assert [page.name for page in plan.pages] == ["stem", *(f"blocks.{index}" for index in range(4)), "head"]
+    assert [step.reads for step in plan.steps] == [(index,) for index in range(6)]
+    assert [layer.name for layer in plan.layers] == [f"blocks.{index}" for index in range(4)]
     assert plan.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
     assert plan.intervals
-    assert plan.peak_bytes() <= 200_000
+    assert plan.peak_bytes() <= 150_000
     assert plan.activations_bytes == 0
     assert len(plan.tradeoff()) > 1
     machine = PROFILES["rtx4090"]

@@ -40,6 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backend",),
     ("planning", "explain"),
     ("spcompile",),  # the package's own __init__, which collects the interface
+    ("cli.*",),
+    ("__main__",),
 )
 
 FIRST_ROW_WITH_TORCH = LAYERS.index(("ops",))
