@@ -40,7 +40,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backend",),
     ("planning", "explain"),
     ("spcompile",),  # the package's own __init__, which collects the interface
-    ("cli.*",),
+    ("cli.output", "cli.checks", "cli.models"),
+    ("cli.plan", "cli.show", "cli.doctor"),
+    ("cli.main",),
+    ("cli",),
     ("__main__",),
 )
 
