@@ -1,6 +1,6 @@
 """Measure what it costs to use a Llama-7B shape (bf16, random weights) in each of the ways in which a model may come.
 
-    python -m examples.benchmark_ways [--layers 32] [--only first-call,offload,ways,generate] [--json results.json]
+    python -m examples.benchmark_ways [--layers 32] [--only first-call,offload,...] [--json results.json]
 
 Each part runs in a process of its own:
 
@@ -8,10 +8,11 @@ Each part runs in a process of its own:
   m=1), in a fresh process each;
 * *offload*: ``spcompile.offload`` of a model in ordinary host memory: rate, growth and peak of the process's host
   memory, device memory;
-* *resident*: every page resident, in turns with the ordinary compiler, one token and 8 x 2048;
+* *resident*, *resident-batch*: every page resident, in turns with the ordinary compiler, one token and 8 x 2048;
 * *ways*: a model on the GPU with half of its pages evicted; one token streamed (k=2, m=1) for an offloaded model,
   another (k, m) of it, and the same for a model on the CPU;
-* *generate*: ``generate()`` with a static cache, k=2, m=1, per token, against the floor.
+* *generate*: ``generate()`` with a static cache, k=2, m=1, per token, against the floor;
+* *recording*: what it costs to record, with everything streamed (k=2, m=1) and with everything resident.
 
 Times are medians; whatever is compared is measured in turns in one process, the first calls excepted.
 """
@@ -52,8 +53,10 @@ def main() -> None:
         "first-call": first_call,
         "offload": offload,
         "resident": resident,
+        "resident-batch": resident_batch,
         "ways": ways,
         "generate": generate,
+        "recording": recording,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
@@ -222,18 +225,24 @@ def offload(layers: int) -> Figures:
 
 
 def resident(layers: int) -> Figures:
-    """Every page resident."""
+    """One token, every page resident."""
+    return _resident(layers, "1 token", (1, 1), rounds=60, asked=1.00)
+
+
+def resident_batch(layers: int) -> Figures:
+    """8 x 2048 tokens, every page resident."""
+    return _resident(layers, "8 x 2048 tokens", (8, 2048), rounds=5, asked=1.02)
+
+
+def _resident(layers: int, name: str, shape: tuple[int, int], rounds: int, asked: float) -> Figures:
     plain, model = build(layers), build(layers)
     fast = {"resident": compiled(plain, None), "k = all": compiled(model, {"k": 1000})}
-    figures: Figures = {}
-    for name, shape, rounds, asked in (("1 token", (1, 1), 15, 1.00), ("8 x 2048 tokens", (8, 2048), 5, 1.02)):
-        times = in_turns({each: forward(function, shape=shape) for each, function in fast.items()}, rounds)
-        figures |= {
-            f"{name}, resident whole-model compile, ms": times["resident"],
-            f"{name}, k = all, ms": times["k = all"],
-            f"{name}, k = all / resident (asked: <= {asked:.2f})": times["k = all"] / times["resident"],
-        }
-    return figures
+    times = in_turns({each: forward(function, shape=shape) for each, function in fast.items()}, rounds)
+    return {
+        f"{name}, resident whole-model compile, ms": times["resident"],
+        f"{name}, k = all, ms": times["k = all"],
+        f"{name}, k = all / resident (asked: <= {asked:.2f})": times["k = all"] / times["resident"],
+    }
 
 
 def ways(layers: int) -> Figures:
@@ -333,6 +342,36 @@ def generate(layers: int) -> Figures:
         "graphs": len(store.runtimes()),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+
+def recording(layers: int) -> Figures:
+    """Iterations with and without a recording, in turns."""
+    figures: Figures = {}
+    model = build(layers)
+    cases = (("k=2, m=1", STREAMED, 5), ("k = all", {"k": 1000}, 60))
+    for name, options, rounds in cases:
+        torch._dynamo.reset()
+        fast = compiled(model, options)
+        call = forward(fast)
+        call()
+
+        def recorded(fast: Callable[..., Any] = fast, call: Callable[[], object] = call) -> float:
+            with spcompile.record(fast):
+                return milliseconds(lambda: [call() for _ in range(5)]) / 5
+
+        def plain(call: Callable[[], object] = call) -> float:
+            torch.cuda.synchronize()
+            return milliseconds(lambda: [call() for _ in range(5)]) / 5
+
+        pairs = [(plain(), recorded()) for _ in range(rounds)]
+        plain_ms, recorded_ms = (statistics.median(each) for each in zip(*pairs, strict=True))
+        print(spcompile.explain(fast))
+        figures |= {
+            f"1 token, {name}, ms": plain_ms,
+            f"1 token, {name}, recorded, ms": recorded_ms,
+            f"1 token, {name}, recorded / not (asked: <= 1.01)": recorded_ms / plain_ms,
+        }
+    return figures
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         SuperpipelineError,
         VerificationError,
     )
+    from spcompile.explain import explain, record
     from spcompile.ir import Plan
     from spcompile.offload import offload, refresh, restore
     from spcompile.planning import plan
@@ -36,9 +37,11 @@ __all__ = [
     "PlanFormatError",
     "SuperpipelineError",
     "VerificationError",
+    "explain",
     "host_parameters",
     "offload",
     "plan",
+    "record",
     "refresh",
     "restore",
 ]
@@ -50,9 +53,11 @@ _MODULES = {
     "PlanFormatError": "errors",
     "SuperpipelineError": "errors",
     "VerificationError": "errors",
+    "explain": "explain",
     "host_parameters": "training",
     "offload": "offload",
     "plan": "planning",
+    "record": "explain",
     "refresh": "offload",
     "restore": "offload",
 }

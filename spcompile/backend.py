@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.callback import CallbackArgs, on_compile_start
+from torch._dynamo.callback import CallbackArgs, on_compile_end, on_compile_start
 from torch._dynamo.exc import ShortenTraceback
 
 from spcompile.arrival import find_or_make_store, take_in_caller
 from spcompile.capture import Capture, Kind
+from spcompile.collector import CollectorPause
 from spcompile.errors import SuperpipelineError
 from spcompile.ir import Plan
 from spcompile.options import Options, parse_options
-from spcompile.passes.base import Program
+from spcompile.passes.base import STEP, Program
 from spcompile.pipeline import PLANNING, REWRITING, run_passes
 from spcompile.rehome import RehomedCall, ambient_autocast, rehome_examples, rehome_graph
 from spcompile.runtime.compiled_graph import CompiledGraph
@@ -70,6 +71,13 @@ def _warm_up_early(_: CallbackArgs) -> None:
     """
     if torch.cuda.is_available():
         warm_up_inductor()
+
+
+_PAUSE = CollectorPause()
+"""From the begin of Dynamo's tracing to its end, and during a backward that is compiled later."""
+
+on_compile_start(lambda _: _PAUSE.begin())
+on_compile_end(lambda _: _PAUSE.end())
 
 
 class _Compiler:
@@ -135,7 +143,9 @@ class _Compiler:
         run_passes(program, REWRITING)
         compile_segments(program.module, program.options.compiler, shared=store.segments, own=self.segments)
         page_inputs = {page: tuple(views[name] for name in names) for page, names in program.page_inputs.items()}
-        layout = Layout(program.planned(), program.steps(), page_inputs, self._gradients(program))
+        calls = program.graph.find_nodes(op="call_module")
+        segments = {str(node.target): node.meta[STEP] for node in calls}
+        layout = Layout(program.planned(), program.steps(), page_inputs, segments, self._gradients(program))
         places = {
             index: node.name
             for index, node in enumerate(program.graph.find_nodes(op="placeholder"))

@@ -9,10 +9,8 @@ that input's example is the model's own parameter, and its storage is the weight
 from __future__ import annotations
 
 import enum
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -114,7 +112,7 @@ class Capture:
         tracing_context = TracingContext.try_get() or TracingContext(fake_mode)
         # Donated buffers are those that backward may write over; `retain_graph` is refused where there are any.
         no_donation = torch._functorch.config.patch(donated_buffer=False)
-        with _collector_paused(), V.set_fake_mode(fake_mode), tracing(tracing_context), no_donation:
+        with V.set_fake_mode(fake_mode), tracing(tracing_context), no_donation:
             compiled: Callable[..., Any] = aot(self.gm, self.traced_inputs)
             return compiled
 
@@ -207,6 +205,8 @@ class Capture:
         if store is not None:  # it knows what its weights take: offloaded ones only look as if they were on the device
             tensors = [tensor for tensor in tensors if store.weight_of(tensor, "") is None]
         held = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        # What cuBLAS got for earlier calls would count here, and once more as what this graph will need.
+        torch._C._cuda_clearCublasWorkspaces()
         model_bytes = sum(held.values()) + (store.device_bytes() if store is not None else 0)
         return max(0, torch.cuda.memory_allocated(device) - model_bytes)
 
@@ -221,22 +221,6 @@ def find_machine_for(device: torch.device, options: Options) -> Machine:
         except (OffloadError, torch.OutOfMemoryError) as error:
             logger.warning("%s cannot be measured (%s): planning as for %s", device, error, DEFAULT_MACHINE)
     return PROFILES[DEFAULT_MACHINE]
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without Python's collector of cyclic garbage.
-
-    Tracing and compiling make millions of objects that stay, and the collector would go through all of them again and
-    again: a tenth of the first call.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _written_indices(graph: fx.Graph) -> Iterator[int]:

@@ -236,7 +236,7 @@ class Plan:
         sizes: the graph's symbolic sizes, by name, as they were at capture.
         inputs: bytes of the graph's inputs that are no weights, buffers and caches included.
         activations: candidates for the most bytes that other values take at once; the largest counts.
-        workspace_bytes: what libraries take of the device.
+        workspace_bytes: what libraries take of the device, and torch's allocator beyond what it is asked for.
         other_bytes: what the process held on the device beside all these when the plan was made.
         mapped: indices of the pages that are read in place, over the link, by the steps that gather rows of them; for
             other steps that read them they are streamed.

@@ -106,12 +106,11 @@ def plan(
         programs = capture_programs(inner, tuple(args), dict(kwargs or {}), options)
         return _one_or_all([program.planned() for program in programs])
     if options == Options():
-        compiled_with = None if inner is model else _options_of(model)
-        plans = _plans_in_force(inner, compiled_with)
+        plans = _find_plans_in_force(model)
         if plans:
             return _one_or_all(plans)
-        options = compiled_with or options
         if inner is not model:
+            options = _options_of(model) or options
             logger.warning(
                 "no plan is in force: the compiled model has not run yet, or nothing of it was compiled "
                 "(TORCH_LOGS=graph_breaks shows why). Planning for example inputs instead"
@@ -208,9 +207,26 @@ def _options_of(compiled: Any) -> Options | None:
     return None if backend is None else parse_options(backend.kwargs.get("options"))
 
 
-def _plans_in_force(model: nn.Module, options: Options | None) -> list[Plan]:
-    """The plans that the model's graphs follow, of those compiled with these options; None: of all."""
-    store = find_store(model.parameters())
+def plans_in_force(model: nn.Module | Callable[..., Any]) -> list[Plan]:
+    """The plans of the graphs that are compiled for a model, in order of capture.
+
+    Args:
+        model: a module, or what torch.compile returned for one: then only the plans of that call.
+
+    Raises:
+        OptionError: there are none yet.
+    """
+    plans = _find_plans_in_force(model)
+    if not plans:
+        raise OptionError("no plan is in force: run the compiled model once")
+    return plans
+
+
+def _find_plans_in_force(model: nn.Module | Callable[..., Any]) -> list[Plan]:
+    """See `plans_in_force`; none where there are none."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    options = None if inner is model else _options_of(model)
+    store = find_store(inner.parameters())
     if store is not None and len(store.runtimes()) > 1:
         gc.collect()  # what Dynamo has dropped may still be held by cycles
     runtimes = store.runtimes() if store is not None else []

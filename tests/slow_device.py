@@ -229,6 +229,11 @@ class SlowStreams(EmulatedStreams):
         us = self.step_us[step % len(self.step_us)]
         self._compute.queue.append(_Job(work, us, lambda *span: self.runs.append(Work(step, *span))))
 
+    def time_us(self, event: EmulatedEvent, origin: EmulatedEvent) -> float:
+        assert isinstance(event, SlowEvent)
+        assert isinstance(origin, SlowEvent)
+        return event.at_us - origin.at_us
+
     def drain(self) -> None:
         """Execute all compute, and the copies that start before the last piece of it does."""
         while self._compute.queue:

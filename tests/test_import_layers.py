@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("options", "sizes"),
+    ("options", "sizes", "collector"),
     ("ir",),
     ("text", "lanes"),
     ("verify", "verify.violations"),
@@ -38,7 +38,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transformers_inputs", "first_layer"),
     ("example_inputs", "weights_only"),
     ("backend",),
-    ("planning", "explain"),
+    ("planning",),
+    ("explain",),
     ("spcompile",),  # the package's own __init__, which collects the interface
     ("cli.output", "cli.checks", "cli.models"),
     ("cli.plan", "cli.show", "cli.doctor"),

@@ -6,7 +6,7 @@
     .html          the page
     .svg, .png     the picture
 
-Several graphs (a model with graph breaks) are one text, and one list in JSON; a picture is of one graph.
+Several graphs (a model with graph breaks) are one text, one list in JSON, and one picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from spcompile.errors import CommandError
 
 if TYPE_CHECKING:
-    from spcompile.ir import Plan
+    from spcompile.ir import Plan, Plans
     from spcompile.planner.choose import TradeoffPoint
 
 SUFFIXES = (".trace.json", ".json", ".txt", ".html", ".svg", ".png")
@@ -58,14 +58,14 @@ def suffix_of(path: Path) -> str:
     return suffix
 
 
-def emit_plans(plans: Sequence[Plan], path: Path | None, form: str) -> None:
-    """Print plans, or write them.
+def emit_plans(plans: Sequence[Plan], path: Path | None, form: str, budget_bytes: int | None = None) -> None:
+    """Print plans, or write them; the budget is drawn into a picture.
 
     Raises:
         CommandError: the file cannot be written, or not drawn.
     """
     if path is not None and suffix_of(path) not in TEXTS:
-        _draw(plans, path)
+        _draw(plans, path, budget_bytes)
         return
     emit_text(_json(plans) if _wants_json(path, form) else _text(plans), path)
 
@@ -95,19 +95,21 @@ def _json(plans: Sequence[Plan]) -> str:
 
 
 def _text(plans: Sequence[Plan]) -> str:
+    return str(_one_or_all(plans))
+
+
+def _one_or_all(plans: Sequence[Plan]) -> Plan | Plans:
     from spcompile.ir import Plans
 
-    return str(plans[0]) if len(plans) == 1 else str(Plans(plans))
+    return plans[0] if len(plans) == 1 else Plans(plans)
 
 
-def _draw(plans: Sequence[Plan], path: Path) -> None:
-    if len(plans) > 1:
-        raise CommandError(f"a picture is of one graph, and here are {len(plans)}: write .txt or .json")
-    visualize = getattr(plans[0], "visualize", None)
+def _draw(plans: Sequence[Plan], path: Path, budget_bytes: int | None) -> None:
+    visualize = getattr(_one_or_all(plans), "visualize", None)
     if visualize is None:
         raise CommandError(f"this version draws no pictures: write {' or '.join(TEXTS)} instead of {path.name}")
     try:
-        visualize().save(path)
+        visualize(**({} if budget_bytes is None else {"budget_bytes": budget_bytes})).save(path)
     except ImportError as error:
         raise CommandError(f"drawing {path.name} needs a package that is not here: pip install {error.name}") from error
     except OSError as error:

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         planned = plan_guessed(model, options, arguments.shape)
     plans = [planned] if isinstance(planned, Plan) else list(planned)
     if not arguments.tradeoff:
-        emit_plans(plans, output, arguments.format)
+        emit_plans(plans, output, arguments.format, options.budget)
     elif len(plans) > 1:
         raise CommandError(f"--tradeoff is of one graph, and this model has {len(plans)} (TORCH_LOGS=graph_breaks)")
     else:

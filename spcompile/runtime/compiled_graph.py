@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.fx.graph import _BoxedCodeGen
 
 from spcompile.runtime.emulated import run_emulated
+from spcompile.runtime.recording import Recorder, watch
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.streams import EmulatedStreams
 from spcompile.runtime.transfers import InPlace, Layout, Transfers
@@ -66,6 +67,7 @@ class CompiledGraph:
         self.lock = threading.RLock()
         self.runtimes: WeakKeyDictionary[PageStore, Transfers] = WeakKeyDictionary()
         self._is_warned = False
+        self._recorder: Recorder | None = None
         places = {node: index for index, node in enumerate(module.graph.find_nodes(op="placeholder"))}
         returned = module.graph.output_node().args[0]
         assert isinstance(returned, (tuple, list))
@@ -95,9 +97,24 @@ class CompiledGraph:
                 return self._run(runtime, store, args)
 
     def _run(self, runtime: Transfers | InPlace, store: PageStore, args: list[Any]) -> Any:
+        recorder = store.recorder if isinstance(runtime, Transfers) else None
+        if recorder is not self._recorder:
+            self._recorder = recorder
+            if store.device.type == "cuda":
+                watch(self.module, self.layout.segments, self.plan, recorder)
+        if recorder is None:
+            return self._issue(runtime, store, args)
+        recorder.begin(self.plan, is_backward=self.layout.is_backward)
+        try:
+            return self._issue(runtime, store, args)
+        finally:
+            recorder.end()
+
+    def _issue(self, runtime: Transfers | InPlace, store: PageStore, args: list[Any]) -> Any:
         streams = store.arena.streams
-        if isinstance(runtime, Transfers) and isinstance(streams, EmulatedStreams) and self.plan.has_transfers:
-            return run_emulated(self.module, runtime, streams, args)
+        is_queued = self.plan.has_transfers or store.recorder is not None
+        if is_queued and isinstance(runtime, Transfers) and isinstance(streams, EmulatedStreams):
+            return run_emulated(self.module, runtime, streams, args, self.layout.segments)
         return self.module.forward(args)
 
     def _run_on_copies(self, runtime: Transfers | InPlace, store: PageStore, args: list[Any]) -> Any:

@@ -8,7 +8,7 @@ becomes a piece of compute - and only then drained. See ``streams.py``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,17 @@ from spcompile.runtime.streams import Deferred, EmulatedStreams
 from spcompile.runtime.transfers import Transfers
 
 
-def run_emulated(module: fx.GraphModule, runtime: Transfers, streams: EmulatedStreams, args: list[Any]) -> Any:
-    """One iteration of the outer graph; ``args`` is emptied, as a compiled function empties its boxed arguments."""
+def run_emulated(
+    module: fx.GraphModule,
+    runtime: Transfers,
+    streams: EmulatedStreams,
+    args: list[Any],
+    segments: Mapping[str, int],
+) -> Any:
+    """One iteration of the outer graph; ``args`` is emptied, as a compiled function empties its boxed arguments.
+
+    ``segments``: see `spcompile.runtime.transfers.Layout`.
+    """
     values: dict[fx.Node, Any] = {}
     arguments = iter(list(args))
     args.clear()
@@ -38,6 +47,8 @@ def run_emulated(module: fx.GraphModule, runtime: Transfers, streams: EmulatedSt
             if node.op == "call_module":
                 runtime.note("run", str(node.target))
             streams.run(_Compute(module, node, values, last_use.get(node, ())))
+            if node.op == "call_module" and runtime.store.recorder is not None:
+                runtime.store.recorder.ran(segments[str(node.target)])
     streams.drain()
     output = module.graph.output_node()
     return fx.map_arg(output.args[0], values.__getitem__)

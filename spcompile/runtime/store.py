@@ -37,10 +37,12 @@ from torch.utils.weak import TensorWeakRef
 
 from spcompile.errors import OffloadError
 from spcompile.ir import Page, Plan, Weight
+from spcompile.lanes import Recording
 from spcompile.runtime.arena import Arena
 from spcompile.runtime.gradients import GradientMemory
 from spcompile.runtime.host import HostBlock, lay_out_blocks
 from spcompile.runtime.hosted import HostParameters
+from spcompile.runtime.recording import Recorder
 from spcompile.runtime.streams import CudaStreams, EmulatedStreams, Streams
 from spcompile.runtime.weights import (
     TAG,
@@ -81,6 +83,8 @@ class PageStore:
         views: where copies follow, how graphs and their callers see the weights: the memory, and a tensor over it. Kept
             here and not there, as they belong to compiled code, which may outlive the model.
         log: events of the runtimes, where a test has put a list.
+        recorder: what the runtimes tell what happens when, while somebody records.
+        recordings: what the last one recorded.
     """
 
     def __init__(self, device: torch.device, *, rehomed: bool = False, takes_in: bool = False) -> None:
@@ -101,6 +105,8 @@ class PageStore:
         self.latest: tuple[weakref.ref[Any], tuple[tuple[int, str], ...]] | None = None
         self.views: WeakKeyDictionary[Any, dict[tuple[int, str], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
         self.log: list[tuple[object, ...]] | None = None
+        self.recorder: Recorder | None = None
+        self.recordings: list[Recording] = []
         self._tensors: dict[str, list[TensorWeakRef]] = {}
         self._runtimes: list[weakref.ref[Any]] = []
         self._pieces: dict[str, tuple[tuple[int, Tensor], ...]] = {}

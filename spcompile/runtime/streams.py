@@ -31,6 +31,7 @@ poison or the wrong page under some seed. It cannot show hardware races or timin
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -44,7 +45,9 @@ POISON = 0xFF
 
 class Streams(Protocol):
     """What the runtime asks of a device. "side" is the stream of copies to the device, "down" that of copies from it,
-    "compute" the current stream of the caller."""
+    "compute" the current stream of the caller. After ``set_timed(True)`` events also know when they happened."""
+
+    def set_timed(self, timed: bool) -> None: ...
 
     def side_wait(self, event: Any) -> None: ...
 
@@ -64,9 +67,23 @@ class Streams(Protocol):
 
     def freed(self, memory: Tensor) -> None: ...
 
+    def time_us(self, event: Any, origin: Any) -> float: ...
+
     def synchronize(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class TimedEvent(torch.cuda.Event):
+    """An event that knows when it happened. A type of its own, as torch does not tell whether an event does."""
+
+    def __new__(cls) -> TimedEvent:
+        made: TimedEvent = super().__new__(cls, enable_timing=True)  # type: ignore[no-untyped-call]
+        return made
+
+
+READY_EVENTS = 2048
+"""Events that are made before they are needed: making one takes longer than recording it."""
 
 
 class CudaStreams:
@@ -74,6 +91,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._ready: deque[TimedEvent] | None = None
         self.side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.down: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -85,7 +103,7 @@ class CudaStreams:
             target.copy_(source, non_blocking=True)
 
     def side_record(self) -> Any:
-        return self.side.record_event()
+        return self._record(self.side)
 
     def down_wait(self, event: torch.cuda.Event) -> None:
         self.down.wait_event(event)
@@ -95,13 +113,32 @@ class CudaStreams:
             target.copy_(source, non_blocking=True)
 
     def down_record(self) -> Any:
-        return self.down.record_event()
+        return self._record(self.down)
 
     def compute_wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def compute_record(self) -> Any:
-        return torch.cuda.current_stream(self.device).record_event()
+        return self._record(torch.cuda.current_stream(self.device))
+
+    def _record(self, stream: Any) -> Any:
+        if self._ready is None:
+            return stream.record_event()
+        event = self._ready.popleft() if self._ready else TimedEvent()
+        event.record(stream)
+        return event
+
+    def set_timed(self, timed: bool) -> None:
+        """See `Streams`."""
+        self._ready = deque() if timed else None
+        for _ in range(READY_EVENTS if timed else 0):
+            event = TimedEvent()
+            event.record(self.side)  # only then CUDA makes it
+            self._ready.append(event)  # type: ignore[union-attr]
+
+    def time_us(self, event: Any, origin: TimedEvent) -> float:
+        """When a past event happened, counted from another one; 0 for those from before events were timed."""
+        return float(origin.elapsed_time(event)) * 1e3 if isinstance(event, TimedEvent) else 0.0
 
     def freed(self, memory: Tensor) -> None:
         """Nothing: only the emulated device poisons what is freed."""
@@ -121,6 +158,11 @@ class EmulatedEvent:
     def __init__(self, queue: _Copies | None = None) -> None:
         self.queue = queue
         self.done = False
+        self.at_s = 0.0
+
+    def happen(self) -> None:
+        self.done = True
+        self.at_s = time.perf_counter()
 
 
 class _Record:
@@ -130,7 +172,7 @@ class _Record:
         self.event = EmulatedEvent()
 
     def __call__(self) -> None:
-        self.event.done = True
+        self.event.happen()
 
 
 class Deferred:
@@ -154,7 +196,7 @@ class _Copies:
 
     def record(self) -> EmulatedEvent:
         event = EmulatedEvent(self)
-        self.queue.append((lambda: setattr(event, "done", True), True))
+        self.queue.append((event.happen, True))
         return event
 
     def run_early(self) -> None:
@@ -217,6 +259,13 @@ class EmulatedStreams:
 
     def freed(self, memory: Tensor | Deferred) -> None:
         self.compute.append(lambda: _free(memory))
+
+    def set_timed(self, timed: bool) -> None:
+        """Events know it always."""
+
+    def time_us(self, event: EmulatedEvent, origin: EmulatedEvent) -> float:
+        """When the CPU got to a past event, counted from another one: an order, not a time."""
+        return max(0.0, event.at_s - origin.at_s) * 1e6
 
     def run(self, work: Callable[[], None]) -> None:
         """Queue a piece of compute."""

@@ -55,12 +55,14 @@ class Layout:
         plan: that of the graph, or of the two graphs of training.
         steps: which of its steps the graph runs.
         page_inputs: per streamed page, how the graph looks at its weights, in the order of the tuple that load returns.
+        segments: by name of each segment of the outer graph, the step that it is.
         gradients: per step that sends gradients, the parameters that they belong to, in the order of the send.
     """
 
     plan: Plan
     steps: range
     page_inputs: Mapping[int, tuple[WeightView, ...]]
+    segments: Mapping[str, int] = field(default_factory=dict)
     gradients: Mapping[int, tuple[WeightView, ...]] = field(default_factory=dict)
 
     @property
@@ -100,7 +102,7 @@ class Transfers(torch.nn.Module):
         self._foreign: dict[int, dict[int, Tensor]] = {}
         self._versions: dict[int, Hashable] = {}
         self._held: dict[int, Tenant] = {}
-        self._sent: tuple[Any, Sequence[Tensor]] | None = None
+        self._sent: tuple[int, Any, Sequence[Tensor]] | None = None
 
     @property
     def store(self) -> PageStore:
@@ -184,7 +186,10 @@ class Transfers(torch.nn.Module):
         if self._is_foreign(interval):
             return tuple(foreign.values())
         tenant = self._bring_own("load", interval, self.phase)
-        self.store.arena.streams.compute_wait(tenant.ready)
+        store = self.store
+        store.arena.streams.compute_wait(tenant.ready)
+        if store.recorder is not None:
+            store.recorder.loaded(interval, tenant)
         tenant.awaited, tenant.held = False, True
         self._held[interval] = tenant
         weights = self._slot_views(interval)
@@ -210,10 +215,15 @@ class Transfers(torch.nn.Module):
         for buffer in buffers:
             streams.freed(buffer.memory)
         streams.down_wait(streams.compute_record())
+        recorder = store.recorder
+        started = None if recorder is None else recorder.sending()
         for buffer, gradient in zip(buffers, gradients, strict=True):
             streams.down_copy(buffer.on_host(), gradient)
-            self.bytes_sent += buffer.memory.numel()
-        self._sent = streams.down_record(), gradients
+        sent_bytes = sum(buffer.memory.numel() for buffer in buffers)
+        self.bytes_sent += sent_bytes
+        self._sent = step, streams.down_record(), gradients
+        if recorder is not None:
+            recorder.sent(step, started, sent_bytes)
         self.note("send", step)
         return tuple(buffer.on_device() for buffer in buffers)
 
@@ -225,9 +235,12 @@ class Transfers(torch.nn.Module):
         """Make compute wait for the last send, and let go of its gradients: their memory is the allocator's again."""
         if self._sent is None:
             return
-        event, gradients = self._sent
-        streams = self.store.arena.streams
+        step, event, gradients = self._sent
+        store = self.store
+        streams = store.arena.streams
         streams.compute_wait(event)
+        if store.recorder is not None:
+            store.recorder.settled(step)
         for gradient in gradients:
             streams.freed(gradient)
         self._sent = None
@@ -250,15 +263,20 @@ class Transfers(torch.nn.Module):
         self.note(why, page.name, slot_index, "copy" if tenant is None else "hit")
         if tenant is not None:
             return tenant
-        for event in arena.claim(slot.offset_bytes, slot.nbytes):
+        released = arena.claim(slot.offset_bytes, slot.nbytes)
+        for event in released:
             arena.streams.side_wait(event)
         self._wait_for_compute()
+        recorder = store.recorder
+        copy = None if recorder is None else recorder.copying(page.name, page.nbytes, released)
         for offset_bytes, source in store.pieces(page):
             start = slot.offset_bytes + offset_bytes
             arena.streams.side_copy(arena.memory[start : start + source.numel()], source)
         self.bytes_moved += page.nbytes
         tenant = Tenant(slot.offset_bytes, slot.nbytes, page.name, version, arena.streams.side_record())
         arena.add(tenant)
+        if recorder is not None:
+            recorder.copied(copy, tenant)
         return tenant
 
     def _wait_for_compute(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spcompile.cli import main
-from spcompile.ir import Plan
+from spcompile.ir import Plan, Plans
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="plans for a GPU that is here are not for an absent one")
 
@@ -235,8 +235,17 @@ class Picture:
 
 @pytest.mark.parametrize("name", ["page.html", "picture.svg", "picture.png", "lanes.trace.json"])
 def test_pictures(run: Callable[..., Run], folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(Plan, "visualize", lambda _: Picture(), raising=False)
+    budgets: list[int | None] = []
+
+    def visualize(_: Plan, budget_bytes: int | None = None) -> Picture:
+        budgets.append(budget_bytes)
+        return Picture()
+
+    monkeypatch.setattr(Plan, "visualize", visualize, raising=False)
     assert run("own_models:stack", "--k", "2", "-o", name).code == 0
+    assert budgets.pop() is None
+    assert run("own_models:stack", "--budget", "1GB", "-o", name).code == 0
+    assert budgets == [10**9]
     assert (folder / name).read_text(encoding="utf-8") == f"drawn as {Path(name).suffix}"
 
 
@@ -277,12 +286,13 @@ def test_several_graphs(run: Callable[..., Run], folder: Path, monkeypatch: pyte
     torch._dynamo.reset()
     assert run(*both, "-o", "plans.json").code == 0
     assert len(json.loads((folder / "plans.json").read_text(encoding="utf-8"))) == 2
-    monkeypatch.setattr(Plan, "visualize", lambda _: Picture(), raising=False)
-    for option, message in [(("-o", "page.html"), "a picture is of one graph"), (("--tradeoff",), "is of one graph")]:
-        torch._dynamo.reset()
-        done = run(*both, *option)
-        assert done.code == 2
-        assert message in done.err
+    monkeypatch.setattr(Plans, "visualize", lambda _: Picture(), raising=False)
+    torch._dynamo.reset()
+    assert run(*both, "-o", "page.html").code == 0
+    assert (folder / "page.html").read_text(encoding="utf-8") == "drawn as .html"
+    torch._dynamo.reset()
+    curve = run(*both, "--tradeoff")
+    assert (curve.code, "--tradeoff is of one graph, and this model has 2" in curve.err) == (2, True)
 
 
 # Mistakes.

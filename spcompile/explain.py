@@ -1,0 +1,371 @@
+"""What a compiled model really did, beside what was predicted: `record` and `explain`.
+
+    with spcompile.record(fast):
+        for batch in batches:
+            fast(batch)
+    print(spcompile.explain(fast))
+
+A recording costs a few events for each segment and copy, so it is off unless asked for (``runtime/recording.py``). An
+explanation sets its figures beside the simulation of the same plan, says what the iteration waited for, and which one
+change would help most: the plan is placed again, on a machine that is as fast as the recording shows, with other
+amounts of memory.
+
+The odd case: on the emulated device times mean nothing, so only bytes and their order are explained.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from spcompile.errors import OptionError
+from spcompile.ir import Machine, Plan
+from spcompile.lanes import Recording, Stall
+from spcompile.planner.choose import TradeoffPoint, find_tradeoff
+from spcompile.planner.simulate import Simulation, predict_iteration_us, simulate
+from spcompile.planning import plans_in_force
+from spcompile.runtime.recording import Recorder
+from spcompile.runtime.store import PageStore, find_store
+from spcompile.runtime.streams import EmulatedStreams
+from spcompile.text import format_bytes
+
+WORTHWHILE = 0.03
+"""A change that saves less than this part of an iteration is not proposed: the next recording may differ by as much."""
+
+SAME_TIME = 1.01
+"""Iterations that take at most so many times as long take equally long, when memory is to be saved."""
+
+MOSTLY = 0.9
+"""What is busy for this part of an iteration, or more, limits it."""
+
+SHOWN_STALLS = 8
+"""Stalls that the text lists, the longest first."""
+
+CAUSES = {
+    "link": "the link is busy with earlier pages",
+    "room": "no slot is free yet for the page",
+    "late": "the copy could not start before the iteration did",
+    "gradients": "gradients have not left the device yet",
+}
+
+
+@contextmanager
+def record(model: torch.nn.Module | Callable[..., Any]) -> Iterator[list[Recording]]:
+    """Measure what happens on the device while the block runs, for `explain` and for pictures.
+
+    Resets ``torch.cuda``'s peak memory statistics, and waits for the device at both ends. Segments get NVTX ranges with
+    their names for the time.
+
+    Args:
+        model: what torch.compile returned, or the module inside; it has to have run once.
+
+    Returns:
+        In the with statement, a list: behind the block it holds a `Recording` for each plan that ran.
+
+    Raises:
+        OptionError: the model has not run yet, or is being recorded already.
+    """
+    store = _store_of(model)
+    is_emulated = isinstance(store.arena.streams, EmulatedStreams)
+    with store.lock:
+        if store.recorder is not None:
+            raise OptionError("this model is being recorded already: end that recording first")
+        if not is_emulated:
+            torch.cuda.reset_peak_memory_stats(store.device)
+        recorder = store.recorder = Recorder(store.arena.streams, is_emulated=is_emulated)
+    recordings: list[Recording] = []
+    try:
+        yield recordings
+    finally:
+        with store.lock:
+            store.recorder = None
+            recordings += recorder.finish(None if is_emulated else torch.cuda.max_memory_allocated(store.device))
+            store.recordings = list(recordings)
+
+
+def explain(model: torch.nn.Module | Callable[..., Any]) -> Explanation | Any:
+    """What the plans in force are predicted to do and, of those that were recorded (see `record`), what they did.
+
+    Args:
+        model: what torch.compile returned, or the module inside; it has to have run once.
+
+    Returns:
+        An `Explanation`; `Explanations`, a tuple in order of capture, where there are several graphs.
+
+    Raises:
+        OptionError: the model has not run yet.
+    """
+    store = _store_of(model)
+    recordings = {id(each.plan): each for each in store.recordings}
+    inner: Any = getattr(model, "_orig_mod", model)
+    recompiles = _recompiles(inner)
+    explained = [Explanation(plan, recordings.get(id(plan)), recompiles) for plan in plans_in_force(model)]
+    return explained[0] if len(explained) == 1 else Explanations(explained)
+
+
+def _store_of(model: Any) -> PageStore:
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, torch.nn.Module):
+        raise OptionError(f"a torch.nn.Module is needed, or what torch.compile made of one, not {type(model).__name__}")
+    store = find_store(inner.parameters())
+    if store is None or not store.runtimes():
+        raise OptionError("there is nothing to explain or record yet: run the compiled model once")
+    return store
+
+
+def _recompiles(model: torch.nn.Module) -> int:
+    """How often Dynamo compiled the model's forward again, for other shapes, modes, or anything else it guards on."""
+    code = getattr(model.forward, "__code__", None)
+    if code is None:
+        return 0
+    return max(0, len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code)) - 1)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The one change that would help most.
+
+    Attributes:
+        peak_bytes: of the other plan: the budget that leads to it.
+        iteration_us: its iteration, predicted from the measured times.
+        change_bytes: memory that it takes more (or, where negative, less) than the plan that ran.
+        change_us: time that it saves (negative) or takes.
+        n_pages: how many more pages stay on the device.
+    """
+
+    peak_bytes: int
+    iteration_us: float
+    change_bytes: int
+    change_us: float
+    n_pages: int
+
+    def __str__(self) -> str:
+        budget = f"budget={_as_budget(self.peak_bytes)!r}"
+        before_us = self.iteration_us - self.change_us
+        if self.change_bytes < 0:
+            return f"{format_bytes(-self.change_bytes)} less would do: {budget} takes as long"
+        pages = f"keeps {self.n_pages} more page{'s' if self.n_pages > 1 else ''}: " if self.n_pages > 0 else ""
+        return f"+{format_bytes(self.change_bytes)} {pages}{self.change_us / before_us:+.0%} ({budget})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one plan does: predicted, and measured where there is a recording. Times are of one iteration, the median
+    of those that were recorded behind the first one.
+
+    Attributes:
+        plan: as it is in force.
+        recording: of this plan, if there is one.
+        recompiles: how often Dynamo compiled the model's forward again.
+    """
+
+    plan: Plan
+    recording: Recording | None
+    recompiles: int
+
+    @cached_property
+    def predicted(self) -> Simulation | None:
+        """The plan on the machine that it was timed on."""
+        return None if self.plan.machine is None else simulate(self.plan, self.plan.machine)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether there are measured times that mean something."""
+        return self.recording is not None and not self.recording.is_emulated
+
+    @cached_property
+    def iterations(self) -> range:
+        """Those that count: all behind the first one, which found its pages there; that one where there is no other."""
+        count = 0 if self.recording is None else len(self.recording.iteration_ends_us)
+        return range(min(1, max(0, count - 1)), count)
+
+    @cached_property
+    def iteration_us(self) -> float:
+        """From its begin until the last step has run and its gradients are in host memory."""
+        starts, ends = self._recorded.iteration_starts_us, self._recorded.iteration_ends_us
+        return self._median([ends[each] - starts[each] for each in self.iterations])
+
+    def busy_us(self, lane: str) -> float:
+        """How long a lane (``"compute"``, ``"H2D"``, ``"D2H"``) works in an iteration."""
+        busy: defaultdict[int, float] = defaultdict(float)
+        for span in self._recorded.spans:
+            if span.lane == lane:
+                busy[span.iteration] += span.end_us - span.start_us
+        return self._median([busy[each] for each in self.iterations])
+
+    @cached_property
+    def floor_us(self) -> float:
+        """No schedule of the same copies and steps takes less, at the rates that were reached."""
+        return max(self.busy_us("compute"), self.busy_us("H2D"), self.busy_us("D2H"))
+
+    @cached_property
+    def link_bytes_per_s(self) -> float | None:
+        """Rate of the copies to the device while they ran; None where there were none."""
+        nbytes = {page.name: page.nbytes for page in self.plan.pages}
+        copies = [span for span in self._recorded.spans if span.lane == "H2D"]
+        busy_us = sum(span.end_us - span.start_us for span in copies)
+        return sum(nbytes.get(span.label, 0) for span in copies) / busy_us * 1e6 if busy_us else None
+
+    @cached_property
+    def stalls(self) -> tuple[Stall, ...]:
+        """Those of an iteration of median length, in order."""
+        recorded = self._recorded
+        starts, ends = recorded.iteration_starts_us, recorded.iteration_ends_us
+        typical = min(self.iterations, key=lambda each: abs(ends[each] - starts[each] - self.iteration_us))
+        return tuple(stall for stall in recorded.stalls if starts[typical] <= stall.start_us < ends[typical])
+
+    @cached_property
+    def limited_by(self) -> str:
+        """``"compute"``, ``"link"``, ``"gradients"``, or the cause for which compute waits longest."""
+        lanes = {"compute": "compute", "H2D": "link", "D2H": "gradients"}
+        busy = {name: self.busy_us(lane) for lane, name in lanes.items()}
+        most = max(busy, key=lambda name: busy[name])
+        if busy[most] >= MOSTLY * self.iteration_us or not self.stalls:
+            return most
+        waits: defaultdict[str, float] = defaultdict(float)
+        for stall in self.stalls:
+            waits[stall.cause] += stall.us
+        return max(waits, key=lambda cause: waits[cause])
+
+    @cached_property
+    def advice(self) -> Advice | None:
+        """The one change that would help most; None where none is worthwhile, or nothing was timed."""
+        machine = self.plan.machine
+        if machine is None or not self.is_timed:
+            return None
+        as_measured, machine = self._as_measured(machine)
+        now_us, now_bytes = predict_iteration_us(as_measured, machine), self.plan.peak_bytes()
+        curve = find_tradeoff(as_measured, self.plan.residents)
+        quicker = [
+            point
+            for point in curve
+            if now_bytes < point.peak_bytes <= machine.device_bytes and point.iteration_us < (1 - WORTHWHILE) * now_us
+        ]
+        smaller = [
+            point
+            for point in curve
+            if point.peak_bytes < (1 - WORTHWHILE) * now_bytes and point.iteration_us <= SAME_TIME * now_us
+        ]
+        if quicker:
+            best = max(quicker, key=lambda point: (now_us - point.iteration_us) / (point.peak_bytes - now_bytes))
+        elif smaller:
+            best = min(smaller, key=lambda point: point.peak_bytes)
+        else:
+            return None
+        return self._advice(best, now_us, now_bytes)
+
+    def _advice(self, point: TradeoffPoint, now_us: float, now_bytes: int) -> Advice:
+        n_pages = len(point.plan.residents) - len(self.plan.residents)
+        change_us = point.iteration_us - now_us
+        return Advice(point.peak_bytes, point.iteration_us, point.peak_bytes - now_bytes, change_us, n_pages)
+
+    def _as_measured(self, machine: Machine) -> tuple[Plan, Machine]:
+        """The plan with the times of its steps, and the machine with the rate of its link, as they were measured."""
+        times: dict[int, list[float]] = {}
+        for span in self._recorded.spans:
+            if span.lane == "compute" and span.iteration in self.iterations:
+                times.setdefault(span.step, []).append(span.end_us - span.start_us)
+        steps = []
+        for index, step in enumerate(self.plan.steps):
+            in_place_bytes = self.plan.gathered_bytes(index)
+            in_place_us = machine.gather_time_us(in_place_bytes) if in_place_bytes else 0.0
+            measured_us = statistics.median(times[index]) if index in times else step.compute_us + in_place_us
+            steps.append(replace(step, compute_us=max(0.0, measured_us - in_place_us)))
+        machine = replace(machine, h2d_bytes_per_s=self.link_bytes_per_s or machine.h2d_bytes_per_s)
+        return replace(self.plan, steps=tuple(steps), machine=machine), machine
+
+    @property
+    def _recorded(self) -> Recording:
+        if self.recording is None:
+            raise OptionError("nothing was recorded: run the model inside `with spcompile.record(model):`")
+        return self.recording
+
+    @staticmethod
+    def _median(values: list[float]) -> float:
+        return statistics.median(values) if values else 0.0
+
+    def visualize(self, path: str | None = None) -> Any:
+        """The plan's picture, with the measured lanes beside the predicted ones where there are any; see
+        `Plan.visualize`."""
+        return self.plan.visualize(path, recording=self.recording)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+class Explanations(tuple[Explanation, ...]):
+    """The explanations of several graphs of one model, in the order of their capture."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"Graph {index} of {len(self)}\n{each}" for index, each in enumerate(self, start=1))
+
+
+def _lines(each: Explanation) -> Iterator[str]:
+    plan, recording = each.plan, each.recording
+    if recording is None:
+        yield f"Not recorded: run the model inside `with spcompile.record(model):` to see what it does on {plan.device}"
+        if each.predicted is not None:
+            yield f"  predicted   {_ms(each.predicted.iteration_us)} an iteration, {format_bytes(plan.peak_bytes())}"
+    elif recording.is_emulated:
+        yield f"Recorded on the emulated device, {len(recording.moved_bytes)} iterations: bytes count, times do not"
+    else:
+        yield from _timed_lines(each)
+    if recording is not None:
+        moved = statistics.median(recording.moved_bytes[each.iterations.start :] or (0,))
+        yield f"  moved       {format_bytes(int(moved))} an iteration (plan: {format_bytes(plan.bytes_moved)})"
+        if plan.gradients_bytes:
+            sent = statistics.median(recording.sent_bytes[each.iterations.start :] or (0,))
+            yield f"  sent        {format_bytes(int(sent))} an iteration (plan: {format_bytes(plan.gradients_bytes)})"
+        if recording.peak_bytes is not None:
+            yield f"  peak        {format_bytes(recording.peak_bytes)} (plan: {format_bytes(plan.peak_bytes())})"
+    yield f"  recompiles  {each.recompiles}"
+    if each.is_timed:
+        yield from _conclusions(each)
+
+
+def _timed_lines(each: Explanation) -> Iterator[str]:
+    predicted, whole_us = each.predicted, each.iteration_us
+    beside = f", predicted {_ms(predicted.iteration_us)}" if predicted is not None else ""
+    yield f"Measured on {each.plan.device}, {len(each.iterations)} iterations: {_ms(whole_us)} each{beside}"
+    known = (predicted.compute_us, predicted.link_us, predicted.down_us) if predicted is not None else (None,) * 3
+    for name, lane, expected_us in zip(("compute", "H2D", "D2H"), ("compute", "H2D", "D2H"), known, strict=True):
+        busy_us = each.busy_us(lane)
+        if not busy_us:
+            continue
+        rate = f", {each.link_bytes_per_s / 1e9:.1f} GB/s" if lane == "H2D" and each.link_bytes_per_s else ""
+        beside = f", predicted {_ms(expected_us)}" if expected_us is not None else ""
+        yield f"  {name:<10}  {_ms(busy_us)} busy ({busy_us / whole_us:.0%}{rate}{beside})"
+    if whole_us:
+        yield f"  floor       {_ms(each.floor_us)}: the iteration takes {whole_us / each.floor_us:.3f} times as long"
+
+
+def _conclusions(each: Explanation) -> Iterator[str]:
+    waited_us = sum(stall.us for stall in each.stalls)
+    yield f"  stalls      {_ms(waited_us)} in {len(each.stalls)} waits"
+    for stall in sorted(each.stalls, key=lambda stall: -stall.us)[:SHOWN_STALLS]:
+        where = each.plan.steps[stall.step].segment if stall.step < len(each.plan.steps) else "the end"
+        yield f"    {_ms(stall.us)} before {where}, for {stall.page}: {CAUSES[stall.cause]}"
+    limits = {"compute": "the GPU's own work", "link": "the link", **{key: CAUSES[key] for key in ("room", "late")}}
+    limits["gradients"] = CAUSES["gradients"]
+    yield f"Limited by {each.limited_by}: {limits[each.limited_by]}"
+    yield f"What would help most: {each.advice or 'nothing that memory can buy'}"
+
+
+def _as_budget(nbytes: int) -> str:
+    """What to give as a budget: never less than ``nbytes``."""
+    gib = math.ceil(nbytes / 2**30 * 100) / 100
+    return f"{gib:.2f}GiB" if gib >= 1 else f"{math.ceil(nbytes / 2**20)}MiB"
+
+
+def _ms(us: float) -> str:
+    return f"{us / 1e3:.2f} ms"

@@ -1,0 +1,282 @@
+"""What really happens on the device, and when: the lanes of a plan as they are measured.
+
+What: while a `Recorder` hangs on a page store, the runtime tells it of every wait and copy, and it has events recorded
+between them. When the recording ends these become a `Recording` for each plan that ran. Why so: what compute does
+between two events of its stream is either a segment or a wait, so a few events per segment tell everything, and nothing
+is recorded while nobody asked.
+
+    compute   |begin          |loaded 0   |ran 0   |loaded 1 |ran 1 ...     from mark to mark
+    H2D             [started  ready]  [started  ready]                      each copy between two events of its own
+
+The segments themselves are watched from outside: for the time of a recording each is wrapped (`watch`), which also
+gives it an NVTX range with its name. On the emulated device the interpreter of the outer graph tells when one is
+queued.
+
+The odd cases: a copy for the next iteration belongs to the iteration that loads it. Copies that were on their way when
+the recording began have no begin; so the recording first waits for them. A gap in which the host had nothing ready
+counts to the segment behind it: the device's events cannot tell it from work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from spcompile.ir import Plan
+from spcompile.lanes import Recording, Span, Stall
+from spcompile.runtime.arena import Tenant
+from spcompile.runtime.streams import Streams
+
+CONTIGUOUS_US = 20.0
+"""Copies with a shorter break between them kept the link busy: the copy engine itself takes 1 to 2 us from one to the
+next (measured on an H100), an event between them a few more."""
+
+SHORTEST_STALL_US = 5.0
+"""Shorter waits are the events' own time and no stall."""
+
+MOST_RUNS = 256
+"""Runs of graphs that one recording keeps. Later ones are left out: a forgotten recording shall not eat memory."""
+
+
+class _Mark(NamedTuple):
+    """A point of the compute stream: what has just ended there."""
+
+    kind: str  # "begin", "loaded", "ran", "settled"
+    number: int  # interval of what was loaded, else step
+    event: Any
+
+
+@dataclass(eq=False)
+class _Run:
+    """One call of a graph."""
+
+    plan: Plan
+    is_backward: bool
+    marks: list[_Mark]
+    loaded: dict[int, _Copy | None] = field(default_factory=dict)  # by interval; None: the page was there already
+    sends: list[tuple[int, Any, Any]] = field(default_factory=list)
+    moved_bytes: int = 0
+    sent_bytes: int = 0
+
+
+@dataclass(eq=False)
+class _Copy:
+    """A copy of a page. ``released``: events of the last readers of what it overwrites."""
+
+    page: str
+    released: Sequence[Any]
+    started: Any
+    ready: Any = None
+    is_read: bool = False
+
+
+class Recorder:
+    """Collects events of one page store's runs.
+
+    Args:
+        streams: of the store's arena.
+        is_emulated: whether they are those of the emulated device.
+    """
+
+    def __init__(self, streams: Streams, *, is_emulated: bool) -> None:
+        self.is_emulated = is_emulated
+        self._streams = streams
+        self._runs: list[_Run] = []
+        self._copies: dict[Tenant, _Copy] = {}
+        self._order: list[_Copy] = []
+        self._open: _Run | None = None
+        streams.synchronize()
+        streams.set_timed(True)
+        self._origin = streams.compute_record()
+
+    # What the runtime tells.
+
+    def begin(self, plan: Plan, *, is_backward: bool) -> None:
+        """A graph starts to run."""
+        if len(self._runs) >= MOST_RUNS:
+            self._open = None
+            return
+        self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._streams.compute_record())])
+        self._runs.append(self._open)
+
+    def end(self) -> None:
+        """The graph has been issued."""
+        self._open = None
+
+    def copying(self, page: str, nbytes: int, released: Sequence[Any]) -> Any:
+        """The copy of a page comes next on its stream; returns what `copied` is to be told."""
+        copy = _Copy(page, released, self._streams.side_record())
+        if self._open is not None:
+            self._open.moved_bytes += nbytes
+        return copy
+
+    def copied(self, copy: Any, tenant: Tenant) -> None:
+        """It has been issued."""
+        copy.ready = tenant.ready
+        self._copies[tenant] = copy
+        self._order.append(copy)
+
+    def loaded(self, interval: int, tenant: Tenant) -> None:
+        """Compute waits for a copy, or finds the page there."""
+        if self._open is None:
+            return
+        copy = self._copies.pop(tenant, None)
+        if copy is not None:
+            copy.is_read = True
+        self._open.loaded[interval] = copy
+        self._mark("loaded", interval)
+
+    def ran(self, step: int) -> None:
+        """A segment has been issued."""
+        self._mark("ran", step)
+
+    def sending(self) -> Any:
+        """Gradients come next on their stream; returns what `sent` is to be told."""
+        return self._streams.down_record()
+
+    def sent(self, step: int, started: Any, nbytes: int) -> None:
+        """They have been issued."""
+        if self._open is not None:
+            self._open.sends.append((step, started, self._streams.down_record()))
+            self._open.sent_bytes += nbytes
+
+    def settled(self, step: int) -> None:
+        """Compute waits for the gradients that this step sent."""
+        self._mark("settled", step)
+
+    def _mark(self, kind: str, index: int) -> None:
+        if self._open is not None:
+            self._open.marks.append(_Mark(kind, index, self._streams.compute_record()))
+
+    # What comes of it.
+
+    def finish(self, peak_bytes: int | None) -> list[Recording]:
+        """Wait for the device, and say what happened: a recording for each plan, in the order of their first runs."""
+        self._streams.synchronize()
+        if not self.is_emulated:
+            torch.cuda.synchronize()
+        self._streams.set_timed(False)
+        groups: dict[int, list[list[_Run]]] = {}
+        for run in self._runs:
+            iterations = groups.setdefault(id(run.plan), [])
+            if run.is_backward and iterations and not iterations[-1][-1].is_backward:
+                iterations[-1].append(run)
+            else:
+                iterations.append([run])
+        causes = self._causes()
+        return [self._recording(iterations, causes, peak_bytes) for iterations in groups.values()]
+
+    def _us(self, event: Any) -> float:
+        return self._streams.time_us(event, self._origin)
+
+    def _causes(self) -> dict[_Copy, str]:
+        """Why each copy did not come earlier: see `spcompile.lanes.Stall`."""
+        causes: dict[_Copy, str] = {}
+        first: tuple[float, str] | None = None  # begin of the busy stretch of the link, and what it had waited for
+        last_us = 0.0
+        for copy in self._order:
+            started_us = self._us(copy.started)
+            free_us = max((self._us(event) for event in copy.released), default=0.0)
+            if first is None or started_us - last_us > CONTIGUOUS_US:
+                first = started_us, "room" if started_us - free_us <= CONTIGUOUS_US else "late"
+                causes[copy] = first[1]
+            else:
+                causes[copy] = "link" if first[0] <= free_us else first[1]
+            last_us = self._us(copy.ready)
+        return causes
+
+    def _recording(
+        self, iterations: Sequence[Sequence[_Run]], causes: Mapping[_Copy, str], peak_bytes: int | None
+    ) -> Recording:
+        plan = iterations[0][0].plan
+        spans: list[Span] = []
+        stalls: list[Stall] = []
+        for index, runs in enumerate(iterations):
+            for run in runs:
+                spans += self._copy_spans(plan, run, index)
+                for span_or_stall in self._walk(plan, run, index, causes):
+                    (spans if isinstance(span_or_stall, Span) else stalls).append(span_or_stall)  # type: ignore[arg-type]
+        ahead = [copy for copy in self._order if not copy.is_read and copy.page in {page.name for page in plan.pages}]
+        spans += [self._span(copy, -1, len(iterations)) for copy in ahead]
+        return Recording(
+            plan=plan,
+            spans=tuple(sorted(spans, key=lambda span: span.start_us)),
+            stalls=tuple(stalls),
+            iteration_starts_us=tuple(self._us(runs[0].marks[0].event) for runs in iterations),
+            iteration_ends_us=tuple(self._us(runs[-1].marks[-1].event) for runs in iterations),
+            moved_bytes=tuple(sum(run.moved_bytes for run in runs) for runs in iterations),
+            sent_bytes=tuple(sum(run.sent_bytes for run in runs) for runs in iterations),
+            peak_bytes=peak_bytes,
+            is_emulated=self.is_emulated,
+        )
+
+    def _span(self, copy: _Copy, step: int, iteration: int) -> Span:
+        return Span("H2D", copy.page, step, iteration, self._us(copy.started), self._us(copy.ready))
+
+    def _copy_spans(self, plan: Plan, run: _Run, iteration: int) -> Iterator[Span]:
+        for interval, copy in run.loaded.items():
+            if copy is not None:
+                yield self._span(copy, plan.load_step(plan.intervals[interval]), iteration)
+        for step, started, ended in run.sends:
+            yield Span("D2H", plan.steps[step].segment, step, iteration, self._us(started), self._us(ended))
+
+    def _walk(self, plan: Plan, run: _Run, iteration: int, causes: Mapping[_Copy, str]) -> Iterator[Span | Stall]:
+        """What compute did from mark to mark."""
+        since_us = self._us(run.marks[0].event)
+        for position, mark in enumerate(run.marks[1:], start=1):
+            now_us = self._us(mark.event)
+            if mark.kind == "ran":
+                yield Span("compute", plan.steps[mark.number].segment, mark.number, iteration, since_us, now_us)
+            elif now_us - since_us >= SHORTEST_STALL_US:
+                yield self._stall(plan, run, position, since_us, now_us - since_us, causes)
+            since_us = now_us
+
+    def _stall(
+        self, plan: Plan, run: _Run, position: int, since_us: float, us: float, causes: Mapping[_Copy, str]
+    ) -> Stall:
+        mark = run.marks[position]
+        following = (each.number for each in run.marks[position:] if each.kind == "ran")
+        step = next(following, len(plan.steps))
+        if mark.kind == "settled":
+            return Stall(step, since_us, us, plan.steps[mark.number].segment, "gradients")
+        page = plan.pages[plan.intervals[mark.number].page].name
+        copy = run.loaded[mark.number]
+        return Stall(step, since_us, us, page, "link" if copy is None else causes[copy])
+
+
+class Watched(torch.nn.Module):
+    """A segment that tells when it has been issued."""
+
+    def __init__(self, segment: torch.nn.Module, recorder: Recorder, step: int, name: str) -> None:
+        super().__init__()
+        self.segment = segment
+        self._call, self._tell, self._step, self._name = segment.forward, recorder.ran, step, name
+
+    def __call__(self, values: list[Any]) -> Any:
+        """Without a module's hooks; see `spcompile.segments.CompiledSegment`."""
+        torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
+        try:
+            return self._call(values)
+        finally:
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+            self._tell(self._step)
+
+
+def watch(module: fx.GraphModule, steps: Mapping[str, int], plan: Plan, recorder: Recorder | None) -> None:
+    """Wrap the segments of an outer graph, or (without a recorder) unwrap them.
+
+    Args:
+        module: the outer graph.
+        steps: by the name of each of its segments, the step that it is.
+        plan: that of the graph.
+        recorder: what to tell.
+    """
+    for name, step in steps.items():
+        segment = module.get_submodule(name)
+        inner = segment.segment if isinstance(segment, Watched) else segment
+        watched = inner if recorder is None else Watched(inner, recorder, step, plan.steps[step].segment)
+        setattr(module, name, watched)
