@@ -97,10 +97,15 @@ def inputs_from_config(
         "input_features": _spectrogram_inputs,
         "input_values": _sound_inputs,
     }
-    make = makers.get(str(getattr(model, "main_input_name", "")))
+    main_input = str(model.main_input_name)
+    make = makers.get(main_input)
     if make is None:
         return
-    for inputs in make(_Model(model, dtype, shape)):
+    known = _Model(model, dtype, shape)
+    if shape is not None and not known.can_have(len(shape), main_input):
+        yield {main_input: known.values(*shape)}  # refused when it is traced, in the model's own words
+        return
+    for inputs in make(known):
         yield inputs
         if "use_cache" in inspect.signature(model.forward).parameters:
             yield {**inputs, "use_cache": False}
@@ -119,6 +124,14 @@ class _Model:
         self.dtype = dtype
         self.shape = tuple(shape) if shape is not None else None
         self.batch = self.shape[0] if self.shape else 1
+
+    def can_have(self, n_dimensions: int, main_input: str) -> bool:
+        """Whether a shape with so many numbers is one of the model's inputs."""
+        is_text, is_images = n_dimensions == 2, n_dimensions in (4, 5)
+        has_text = main_input == "input_ids" or not self.parameters.isdisjoint({"input_ids", "decoder_input_ids"})
+        has_images = main_input == "pixel_values" or (self.vision is not None and "pixel_values" in self.parameters)
+        has_sound = main_input in ("input_features", "input_values")
+        return has_sound or (is_text and has_text) or (is_images and has_images)
 
     def tokens(self, more: int = 0) -> Tensor:
         """Text, with so many tokens more than usual. int64 ``[batch, tokens]``"""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import spcompile
 from spcompile.example_inputs import guess_inputs
 from spcompile.ir import Plan, Plans
+from spcompile.options import Options
 from spcompile.planner.machine import PROFILES
+from spcompile.planning import plan_guessed
 from spcompile.verify.plans import verify_plan
 
 WIDTH = 16
@@ -189,6 +191,42 @@ def test_training_without_inputs() -> None:
     assert isinstance(plan, Plan)
     assert plan.backward_step is not None
     assert plan.note.endswith("input_ids int64 [1, 40]")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "inputs"),
+    [
+        ("LlamaForCausalLM", (2, 9), "input_ids int64 [2, 9]"),
+        ("LlamaForCausalLM", (2, 3, 8, 8), "input_ids float32 [2, 3, 8, 8]"),  # which the model refuses
+        ("T5ForConditionalGeneration", (2, 9), "input_ids int64 [2, 9], decoder_input_ids int64 [2, 9]"),
+        ("ViTForImageClassification", (4, 3, 64, 64), "pixel_values float32 [4, 3, 64, 64]"),
+        ("ViTForImageClassification", (2, 9), "pixel_values float32 [2, 9]"),
+        ("CLIPModel", (4, 3, 32, 32), "input_ids int64 [4, 12], pixel_values float32 [4, 3, 32, 32]"),
+        ("CLIPModel", (4, 7), "input_ids int64 [4, 7], pixel_values float32 [4, 3, 32, 32]"),
+        (
+            "WhisperForConditionalGeneration",
+            (2, 8, 40),
+            "input_features float32 [2, 8, 40], decoder_input_ids int64 [2, 10]",
+        ),
+        (
+            "WhisperForConditionalGeneration",
+            (2, 5),
+            "input_features float32 [2, 8, 40], decoder_input_ids int64 [2, 5]",
+        ),
+        ("Wav2Vec2ForCTC", (2, 800), "input_values float32 [2, 800]"),
+        ("VideoMAEModel", (1, 4, 3, 32, 32), "pixel_values float32 [1, 4, 3, 32, 32]"),
+    ],
+)
+def test_a_shape_is_that_of_the_input_it_fits(name: str, shape: tuple[int, ...], inputs: str) -> None:
+    assert str(next(iter(guess_inputs(pretrained(name), shape)))) == f"the config of {name}: {inputs}"
+
+
+def test_a_shape_that_does_not_fit_is_refused() -> None:
+    with (
+        torch.no_grad(),
+        pytest.raises(spcompile.OptionError, match=r"cannot be traced with an input of shape \[2, 9\]"),
+    ):
+        plan_guessed(pretrained("ViTForImageClassification"), Options(device="cpu"), (2, 9))
 
 
 def test_the_dtype_of_the_weights() -> None:
