@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spcompile.cli import main
-from spcompile.ir import FORMAT_VERSION, Plan
+from spcompile.ir import FORMAT_VERSION, Plan, Plans
 from tests.hand_plans import PLANS, all_resident, chain_in_batches
 
 
@@ -25,7 +25,7 @@ def test_several_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     path.write_text(f"[{chain_in_batches().to_json()},\n{all_resident().to_json()}]", encoding="utf-8")
     assert main(["show", str(path)]) == 0
     out = capsys.readouterr().out
-    assert out == f"Graph 1 of 2\n{chain_in_batches()}\n\nGraph 2 of 2\n{all_resident()}\n"
+    assert out == f"{Plans([chain_in_batches(), all_resident()])}\n"
     assert main(["show", str(path), "-o", str(copy)]) == 0
     texts = [json.dumps(each) for each in json.loads(copy.read_text(encoding="utf-8"))]
     assert [Plan.from_json(text) for text in texts] == [chain_in_batches(), all_resident()]
