@@ -236,6 +236,17 @@ def _place(program: Program, graph: Plan) -> Plan:
         return place(k=max(widest, min(2, len(graph.pages) - 1)), m=1)
 
 
+def place_uncut(program: Program, graph: Plan) -> Plan:
+    """Place a graph of which only pages and steps are known, so that it cannot be cut finer, as the options ask.
+
+    Raises:
+        OptionError: the plan that was asked for is impossible.
+    """
+    if program.options.budget is not None and not _has_room(program, graph):
+        raise OptionError(_infeasible(graph, program.options.budget))
+    return _place(program, graph)
+
+
 def free_capacity_bytes(free_bytes: int, graph: Plan) -> int:
     """What weights may take of memory that is free. Inputs and whatever else there is are there already."""
     usable_bytes = int(free_bytes * (1 - MARGIN_FRACTION))

@@ -246,6 +246,8 @@ class Plan:
             other steps that read them they are streamed.
         backward_step: first step of the backward graph in a plan for training; None where there is only one graph.
         budget_bytes: most device memory at any moment, where that was asked for.
+        note: what is to be known of how the plan came about, for people: where its example inputs come from if nobody
+            gave any. "" for a plan of inputs that were given, or of a run.
     """
 
     device: str
@@ -268,6 +270,7 @@ class Plan:
     mapped: tuple[int, ...] = ()
     backward_step: int | None = None
     budget_bytes: int | None = None
+    note: str = ""
 
     def tradeoff(self) -> tuple[TradeoffPoint, ...]:
         """The whole curve of memory against time for this graph, each point with its plan; from the smallest up.
@@ -518,6 +521,7 @@ class Plan:
                 other_bytes=fields.pop("other_bytes"),
                 backward_step=fields.pop("backward_step"),
                 budget_bytes=fields.pop("budget_bytes"),
+                note=fields.pop("note"),
                 **fields,
             )
         except PlanFormatError:

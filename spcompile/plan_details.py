@@ -34,7 +34,10 @@ PLAIN_NAME = re.compile(r"[A-Za-z_][\w.:#/-]*", re.ASCII)
 WORDS_OF_JSON = ("true", "false", "null", "NaN", "Infinity")
 """These need them, although they look like names."""
 
-PLAN_FIELDS = ("device", "k", "m", "wraps", "period", "workspace_bytes", "other_bytes", "backward_step", "budget_bytes")
+PLAN_FIELDS = (
+    *("device", "k", "m", "wraps", "period", "workspace_bytes", "other_bytes", "backward_step", "budget_bytes"),
+    "note",
+)
 """The fields of a plan that are one value each. The others are lists, with lines of their own."""
 
 

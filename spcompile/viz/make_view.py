@@ -105,6 +105,8 @@ def _measured_work(rows: RowIndex, recording: Recording) -> list[Work]:
 
 
 def _notes(plan: Plan, machine: Machine | None, recording: Recording | None) -> Iterator[str]:
+    if plan.note:
+        yield f"{plan.note[0].upper()}{plan.note[1:]}."
     if machine is None:
         yield (
             "Nothing is known of the machine, so there are no times: the axis counts steps, and each page is shown "
