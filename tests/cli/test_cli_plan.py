@@ -274,7 +274,7 @@ def test_several_graphs(run: Callable[..., Run], folder: Path) -> None:
     assert printed == f"{Plans(Plan.from_json(json.dumps(each)) for each in written)}\n"
     torch._dynamo.reset()
     assert run(*both, "-o", "page.html").code == 0
-    assert "Graph 2 of 2" in (folder / "page.html").read_text(encoding="utf-8")
+    assert (folder / "page.html").read_text(encoding="utf-8").count('"title":"Plan for') == 2
     torch._dynamo.reset()
     curve = run(*both, "--tradeoff")
     assert (curve.code, "--tradeoff is of one graph, and this model has 2" in curve.err) == (2, True)
