@@ -213,6 +213,7 @@ def _totals(program: Program, costs: Sequence[SegmentCost]) -> dict[str, Any]:
         "activations": largest(candidate for cost in costs for candidate in cost.activations),
         "workspace_bytes": program.machine.workspace_bytes * n_workspaces + rounding_bytes,
         "other_bytes": program.other_bytes,
+        "budget_bytes": program.options.budget,
     }
 
 
@@ -233,6 +234,17 @@ def _place(program: Program, graph: Plan) -> Plan:
         logger.warning("%s; streaming everything", error)
         widest = max(len(step.reads) for step in graph.steps)
         return place(k=max(widest, min(2, len(graph.pages) - 1)), m=1)
+
+
+def place_uncut(program: Program, graph: Plan) -> Plan:
+    """Place a graph of which only pages and steps are known, so that it cannot be cut finer, as the options ask.
+
+    Raises:
+        OptionError: the plan that was asked for is impossible.
+    """
+    if program.options.budget is not None and not _has_room(program, graph):
+        raise OptionError(_infeasible(graph, program.options.budget))
+    return _place(program, graph)
 
 
 def free_capacity_bytes(free_bytes: int, graph: Plan) -> int:

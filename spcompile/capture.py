@@ -170,7 +170,7 @@ class Capture:
         read = {each.weight for each in weights.values()}
         program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read)
         program.free_bytes = free_bytes
-        program.machine = self._machine(device)
+        program.machine = find_machine_for(device, self.options)
         program.other_bytes = self._other_bytes(device, store)
         if backward is not None:
             self._add_backward(program, backward)
@@ -200,17 +200,6 @@ class Capture:
         indices = {node.name: input_index(node) for node in graph.find_nodes(op="placeholder")}
         return {name: self.weights[index] for name, index in indices.items() if index in self.weights}
 
-    def _machine(self, device: torch.device) -> Machine:
-        """The one that was asked for, or the one that is here; a shipped profile where the GPU is not here, or full."""
-        if self.options.machine is not None:
-            return find_machine(self.options.machine)
-        if device.type == "cuda" and torch.cuda.is_available():
-            try:
-                return this_machine(device)
-            except (OffloadError, torch.OutOfMemoryError) as error:
-                logger.warning("%s cannot be measured (%s): planning as for %s", device, error, DEFAULT_MACHINE)
-        return PROFILES[DEFAULT_MACHINE]
-
     def _other_bytes(self, device: torch.device, store: PageStore | None) -> int:
         """What the process holds on the device that neither belongs to the model nor is an input."""
         if device.type != "cuda" or not torch.cuda.is_available():
@@ -223,6 +212,18 @@ class Capture:
         torch._C._cuda_clearCublasWorkspaces()
         model_bytes = sum(held.values()) + (store.device_bytes() if store is not None else 0)
         return max(0, torch.cuda.memory_allocated(device) - model_bytes)
+
+
+def find_machine_for(device: torch.device, options: Options) -> Machine:
+    """The one that was asked for, or the one that is here; a shipped profile where the GPU is not here, or full."""
+    if options.machine is not None:
+        return find_machine(options.machine)
+    if device.type == "cuda" and torch.cuda.is_available():
+        try:
+            return this_machine(device)
+        except (OffloadError, torch.OutOfMemoryError) as error:
+            logger.warning("%s cannot be measured (%s): planning as for %s", device, error, DEFAULT_MACHINE)
+    return PROFILES[DEFAULT_MACHINE]
 
 
 def _written_indices(graph: fx.Graph) -> Iterator[int]:

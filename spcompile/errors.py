@@ -21,3 +21,7 @@ class VerificationError(SuperpipelineError):
 
 class OffloadError(SuperpipelineError, RuntimeError):
     """A model cannot be offloaded, restored or run as it stands (the message says which weight, and why)."""
+
+
+class CommandError(SuperpipelineError):
+    """The command line was asked for something that cannot be done."""

@@ -30,7 +30,7 @@ import torch
 from spcompile.errors import OptionError
 from spcompile.ir import Machine, Plan
 from spcompile.lanes import Recording, Stall
-from spcompile.planner.choose import TradeoffPoint, find_tradeoff
+from spcompile.planner.choose import TradeoffPoint
 from spcompile.planner.simulate import Simulation, predict_iteration_us, simulate
 from spcompile.planning import plans_in_force
 from spcompile.runtime.recording import Recorder
@@ -245,7 +245,7 @@ class Explanation:
             return None
         as_measured, machine = self._as_measured(machine)
         now_us, now_bytes = predict_iteration_us(as_measured, machine), self.plan.peak_bytes()
-        curve = find_tradeoff(as_measured, self.plan.residents)
+        curve = replace(as_measured, budget_bytes=None).tradeoff()
         quicker = [
             point
             for point in curve

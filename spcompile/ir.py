@@ -39,7 +39,7 @@ GATHERED = 0.55
 """Part of the link's rate that a kernel reaches which gathers rows over it. Measured on an H100 with rows of 8 KiB and
 54 GB/s: 30 GB/s where Inductor fuses the gather, 47 where it does not."""
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Written into every JSON text; ``Plan.from_json`` refuses any other."""
 
 
@@ -245,6 +245,9 @@ class Plan:
         mapped: indices of the pages that are read in place, over the link, by the steps that gather rows of them; for
             other steps that read them they are streamed.
         backward_step: first step of the backward graph in a plan for training; None where there is only one graph.
+        budget_bytes: most device memory at any moment, where that was asked for.
+        note: what is to be known of how the plan came about, for people: where its example inputs come from if nobody
+            gave any. "" for a plan of inputs that were given, or of a run.
     """
 
     device: str
@@ -266,6 +269,8 @@ class Plan:
     other_bytes: int = 0
     mapped: tuple[int, ...] = ()
     backward_step: int | None = None
+    budget_bytes: int | None = None
+    note: str = ""
 
     def tradeoff(self) -> tuple[TradeoffPoint, ...]:
         """The whole curve of memory against time for this graph, each point with its plan; from the smallest up.
@@ -277,7 +282,7 @@ class Plan:
 
         if self.machine is None:
             raise OptionError("a trade-off needs a machine to time plans on: plan with machine='h100', say")
-        return find_tradeoff(self, self.residents)
+        return find_tradeoff(dataclasses.replace(self, budget_bytes=None), self.residents)
 
     def visualize(
         self,
@@ -285,7 +290,6 @@ class Plan:
         *,
         machine: str | Machine | None = None,
         recording: Recording | None = None,
-        budget_bytes: int | None = None,
     ) -> Picture:
         """A picture of what happens when: lanes, device memory, layers, trade-off and the rewritten graph.
 
@@ -295,14 +299,13 @@ class Plan:
             machine: what copies are timed on: a profile's name or a machine; None: the plan's own. Without any, steps
                 stand in the place of times.
             recording: of a run of this plan, shown beside what is predicted.
-            budget_bytes: drawn into memory and trade-off.
 
         Raises:
             OptionError: the machine or the suffix is unknown, or matplotlib is missing for an image.
         """
         from spcompile.viz import visualize  # above ir, like the planner
 
-        return visualize([self], path, machine=machine, recording=recording, budget_bytes=budget_bytes)
+        return visualize([self], path, machine=machine, recording=recording)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -517,6 +520,8 @@ class Plan:
                 workspace_bytes=fields.pop("workspace_bytes"),
                 other_bytes=fields.pop("other_bytes"),
                 backward_step=fields.pop("backward_step"),
+                budget_bytes=fields.pop("budget_bytes"),
+                note=fields.pop("note"),
                 **fields,
             )
         except PlanFormatError:
@@ -579,12 +584,11 @@ class Plans(tuple[Plan, ...]):
         *,
         machine: str | Machine | None = None,
         recording: Recording | None = None,
-        budget_bytes: int | None = None,
     ) -> Picture:
         """See `Plan.visualize`: one picture of all graphs. A recording is shown with the graph whose plan it is of."""
         from spcompile.viz import visualize
 
-        return visualize(self, path, machine=machine, recording=recording, budget_bytes=budget_bytes)
+        return visualize(self, path, machine=machine, recording=recording)
 
     def __str__(self) -> str:
         from spcompile.plan_summary import summarize_all

@@ -29,9 +29,10 @@ def canonical_path(path: str) -> str:
     """A place in the module tree as Dynamo names it, in one spelling: ``L['self'].layers.0.fc.weight``.
 
     Sources spell ``._modules['layers']``; a module that changed an attribute, ``.__dict__['_modules']['layers']``; a
-    forward behind a decorator of ``(*args, **kwargs)`` calls itself ``L['args'][0]``; a plain list of modules, ``[0]``.
+    forward behind a decorator of ``(*args, **kwargs)`` calls itself ``L['args'][0]``; a module of torch's own that is
+    compiled itself (a Sequential), ``L['fn']``; a plain list of modules, ``[0]``.
     """
-    path = re.sub(r"^L\['args'\]\[0\]", "L['self']", path)
+    path = re.sub(r"^L\['(?:args'\]\[0|fn')\]", "L['self']", path)
     path = re.sub(r"\.__dict__\['_(?:modules|parameters|buffers)'\]\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
     return re.sub(r"\[(\d+)\]", r".\1", path)

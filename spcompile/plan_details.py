@@ -3,7 +3,7 @@
 It is what ``text.format_plan`` shows, and below it a section "Details" with all that the part above shortens or leaves
 out, one fact a line:
 
-    Details, format 4
+    Details, format 5
       plan device=cuda:0 k=2 m=1 wraps=true period=2 ...
       size name=s0 value=128
       page 0 name=model.layers.0
@@ -34,7 +34,10 @@ PLAIN_NAME = re.compile(r"[A-Za-z_][\w.:#/-]*", re.ASCII)
 WORDS_OF_JSON = ("true", "false", "null", "NaN", "Infinity")
 """These need them, although they look like names."""
 
-PLAN_FIELDS = ("device", "k", "m", "wraps", "period", "workspace_bytes", "other_bytes", "backward_step")
+PLAN_FIELDS = (
+    *("device", "k", "m", "wraps", "period", "workspace_bytes", "other_bytes", "backward_step", "budget_bytes"),
+    "note",
+)
 """The fields of a plan that are one value each. The others are lists, with lines of their own."""
 
 

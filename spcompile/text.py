@@ -95,6 +95,7 @@ def _header(plan: Plan) -> Lines:
     yield f"k = {plan.k}, m = {plan.m}, period {plan.period}; {ahead}", []
     if plan.backward_step is not None:
         yield f"training: forward ends before step {plan.backward_step}, where backward begins", []
+    yield from ((line, []) for line in wrap(printable(plan.note), "      ", "note: "))
     yield "", []
     residents = _sum_pages_bytes(plan, plan.residents)
     leftovers = sum(weight.nbytes for weight in plan.leftovers)

@@ -70,9 +70,9 @@ def fit_list(words: Sequence[str], columns: int, start: str = "") -> str:
     return line
 
 
-def wrap(text: str, indent: str) -> list[str]:
-    """The text on as many lines as it takes, each behind ``indent``."""
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+def wrap(text: str, indent: str, first: str | None = None) -> list[str]:
+    """The text on as many lines as it takes, each behind ``indent``, the first one behind ``first`` if it is given."""
+    return textwrap.wrap(text, WIDTH, initial_indent=indent if first is None else first, subsequent_indent=indent)
 
 
 def bands(start: int, stop: int, per_band: int) -> Iterator[range]:

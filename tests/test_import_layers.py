@@ -41,10 +41,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("segments", "runtime.*"),
     ("capture", "rehome", "cuda_attention"),
     ("pipeline", "offload", "arrival", "absent", "training"),
+    ("transformers_inputs", "first_layer"),
+    ("example_inputs", "weights_only"),
     ("backend",),
     ("planning",),
     ("explain",),
     ("spcompile",),  # the package's own __init__, which collects the interface
+    ("cli.output", "cli.checks", "cli.models"),
+    ("cli.plan", "cli.show", "cli.doctor"),
+    ("cli.main",),
+    ("cli",),
+    ("__main__",),
 )
 
 FIRST_ROW_WITH_TORCH = LAYERS.index(("ops",))

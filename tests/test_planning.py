@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -261,10 +262,23 @@ def test_a_training_plan_is_that_of_the_forward_graph() -> None:
     assert [layer.name for layer in plan.layers] == LAYERS
 
 
-def test_without_inputs_and_before_a_run() -> None:
-    for model in (Stack(), spcompile.offload(Stack(), device="cpu")):
-        with pytest.raises(spcompile.OptionError, match="run the compiled model once, or give example inputs"):
-            spcompile.plan(model)
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_without_inputs_and_before_a_run(offloaded: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Inputs are guessed; of a compiled model with the options that it was compiled with."""
+    model = spcompile.offload(Stack(), device="cpu") if offloaded else Stack()
+    fast = torch.compile(model, backend="superpipeline", options={"compiler": "eager", "k": 2})
+    with torch.no_grad():
+        plain, before_run = spcompile.plan(model), spcompile.plan(fast)
+        assert "no plan is in force: the compiled model has not run yet" in caplog.text
+        given = spcompile.plan(model, (torch.zeros(1, 128, dtype=torch.int64),), k=2, compiler="eager")
+        fast(tokens())
+    assert not plain.intervals
+    assert before_run == dataclasses.replace(given, note=before_run.note)
+    assert before_run.note == "example inputs from the first layer of Stack, 'embed' Embedding: int64 [1, 128]"
+    in_force = spcompile.plan(fast)
+    assert (in_force.note, in_force.k) == ("", 2)
+    assert spcompile.plan(model, k=3).k == 3, "another plan than the one in force was asked for"
+    assert spcompile.plan(fast) == in_force
 
 
 @pytest.mark.parametrize("model", [[1], print, None], ids=["list", "function", "none"])

@@ -88,7 +88,12 @@ def free_device_bytes(device: torch.device) -> int:
 
 def available_host_bytes() -> int:
     """Host memory that this process may still take: what the machine has free, or less where a cgroup sets a limit."""
-    return max(0, min([_machine_available_bytes(), *_cgroup_available_bytes()]))
+    return max(0, min([_machine_available_bytes(), *(left_bytes for _, left_bytes in _cgroup_limits())]))
+
+
+def host_limit_bytes() -> int | None:
+    """The tightest memory limit of a cgroup above this process; None where there is none."""
+    return min((limit_bytes for limit_bytes, _ in _cgroup_limits()), default=None)
 
 
 def total_host_bytes() -> int:
@@ -117,8 +122,8 @@ def _machine_available_bytes() -> int:
     return sys.maxsize  # not Linux: nothing to go by
 
 
-def _cgroup_available_bytes() -> Iterator[int]:
-    """What each memory limit above this process leaves. File cache counts as free: the kernel drops it for us."""
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """Each memory limit above this process, and what it leaves. File cache counts as free: the kernel drops it."""
     for line in _lines(PROC / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -127,7 +132,7 @@ def _cgroup_available_bytes() -> Iterator[int]:
             yield from _limits(CGROUP / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
-def _limits(root: Path, path: str, limit_file: str, usage_file: str, prefix: str) -> Iterator[int]:
+def _limits(root: Path, path: str, limit_file: str, usage_file: str, prefix: str) -> Iterator[tuple[int, int]]:
     """The group itself and every group above it: the tightest limit counts, wherever it is set."""
     own = root / path.lstrip("/")
     for folder in (own, *own.parents):
@@ -135,7 +140,7 @@ def _limits(root: Path, path: str, limit_file: str, usage_file: str, prefix: str
         if limit is not None and usage is not None:
             stat = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
             cache_bytes = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
-            yield limit - (usage - cache_bytes)
+            yield limit, limit - (usage - cache_bytes)
         if folder == root:
             return
 

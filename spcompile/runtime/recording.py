@@ -89,6 +89,7 @@ class Recorder:
         self._copies: dict[Tenant, _Copy] = {}
         self._order: list[_Copy] = []
         self._open: _Run | None = None
+        self._record = streams.compute_record
         streams.synchronize()
         streams.set_timed(True)
         self._origin = streams.compute_record()
@@ -100,7 +101,8 @@ class Recorder:
         if len(self._runs) >= MOST_RUNS:
             self._open = None
             return
-        self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._streams.compute_record())])
+        self._record = self._streams.compute_recorder()
+        self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._record())])
         self._runs.append(self._open)
 
     def end(self) -> None:
@@ -150,7 +152,7 @@ class Recorder:
 
     def _mark(self, kind: str, index: int) -> None:
         if self._open is not None:
-            self._open.marks.append(_Mark(kind, index, self._streams.compute_record()))
+            self._open.marks.append(_Mark(kind, index, self._record()))
 
     # What comes of it.
 

@@ -34,6 +34,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,8 @@ class Streams(Protocol):
     def compute_wait(self, event: Any) -> None: ...
 
     def compute_record(self) -> Any: ...
+
+    def compute_recorder(self) -> Callable[[], Any]: ...
 
     def freed(self, memory: Tensor) -> None: ...
 
@@ -120,6 +123,10 @@ class CudaStreams:
 
     def compute_record(self) -> Any:
         return self._record(torch.cuda.current_stream(self.device))
+
+    def compute_recorder(self) -> Callable[[], Any]:
+        """`compute_record` for a stretch in which the caller's stream does not change: asking for it takes its time."""
+        return partial(self._record, torch.cuda.current_stream(self.device))
 
     def _record(self, stream: Any) -> Any:
         if self._ready is None:
@@ -256,6 +263,9 @@ class EmulatedStreams:
         record = _Record()
         self.compute.append(record)
         return record.event
+
+    def compute_recorder(self) -> Callable[[], EmulatedEvent]:
+        return self.compute_record
 
     def freed(self, memory: Tensor | Deferred) -> None:
         self.compute.append(lambda: _free(memory))

@@ -21,7 +21,6 @@ def visualize(
     *,
     machine: str | Machine | None = None,
     recording: Recording | None = None,
-    budget_bytes: int | None = None,
 ) -> Picture:
     """A picture of the plans of one model's graphs; see `Plan.visualize`.
 
@@ -36,12 +35,7 @@ def visualize(
         raise OptionError("the recording is of none of these plans: show it with the plan that ran")
     picture = Picture(
         tuple(
-            make_view(
-                plan,
-                machine=machine,
-                recording=recording if is_recorded or len(plans) == 1 else None,
-                budget_bytes=budget_bytes,
-            )
+            make_view(plan, machine=machine, recording=recording if is_recorded or len(plans) == 1 else None)
             for plan, is_recorded in zip(plans, of_recording, strict=True)
         )
     )

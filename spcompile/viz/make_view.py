@@ -37,7 +37,6 @@ def make_view(
     *,
     machine: str | Machine | None = None,
     recording: Recording | None = None,
-    budget_bytes: int | None = None,
 ) -> View:
     """Everything that a picture of the plan shows.
 
@@ -45,7 +44,6 @@ def make_view(
         plan: one that the verifier accepts.
         machine: what copies are timed on, a profile's name or a machine; None: the plan's own.
         recording: of a run of this plan.
-        budget_bytes: drawn as a line.
 
     Raises:
         OptionError: no profile has this name.
@@ -63,21 +61,17 @@ def make_view(
     return View(
         title=f"Plan for {plan.device}: {count(len(plan.pages), 'page')}, {count(len(plan.layers), 'layer')}, "
         f"{count(len(plan.steps), 'step')}",
-        summary=show_figures.summary(plan, simulation, budget_bytes),
+        summary=show_figures.summary(plan, simulation),
         notes=tuple(_notes(plan, timed_on, recording)),
         unit="step" if simulation is None else "us",
-        figures=tuple(show_figures.figures(plan, timed_on, simulation, recording, budget_bytes)),
+        figures=tuple(show_figures.figures(plan, timed_on, simulation, recording)),
         lanes=lanes,
-        memory=show_memory(plan, shown.lanes, shown.stays, budget_bytes, peak_bytes),
+        memory=show_memory(plan, shown.lanes, shown.stays, peak_bytes),
         rows=make_rows(plan, rows, shown.work, None if recording is None else _measured_work(rows, recording)),
         lines=tuple(show_graph(plan, rows)),
         curve=curve,
         causes=used_causes(causes),
-        words=tuple(
-            used_words(
-                plan, has_times=simulation is not None, has_budget=budget_bytes is not None, is_emulated=is_emulated
-            )
-        ),
+        words=tuple(used_words(plan, has_times=simulation is not None, is_emulated=is_emulated)),
     )
 
 
@@ -111,6 +105,8 @@ def _measured_work(rows: RowIndex, recording: Recording) -> list[Work]:
 
 
 def _notes(plan: Plan, machine: Machine | None, recording: Recording | None) -> Iterator[str]:
+    if plan.note:
+        yield f"{plan.note[0].upper()}{plan.note[1:]}."
     if machine is None:
         yield (
             "Nothing is known of the machine, so there are no times: the axis counts steps, and each page is shown "

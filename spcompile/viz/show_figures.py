@@ -21,11 +21,11 @@ CLOSE = 1.02
 """An iteration that takes no more than this many times its floor is limited by what the floor is made of."""
 
 
-def summary(plan: Plan, simulation: Simulation | None, budget_bytes: int | None) -> str:
+def summary(plan: Plan, simulation: Simulation | None) -> str:
     """The head in words."""
     sentences = [weights_sentence(plan)]
-    if budget_bytes is not None and plan.peak_bytes() > budget_bytes:
-        sentences.append(f"That is more than the budget of {format_bytes(budget_bytes)}.")
+    if plan.budget_bytes is not None and plan.peak_bytes() > plan.budget_bytes:
+        sentences.append(f"That is more than the budget of {format_bytes(plan.budget_bytes)}.")
     if simulation is not None:
         predicted = f"An iteration is predicted to take {format_time(simulation.iteration_us)}"
         sentences.append(f"{predicted}, {limit(simulation)}")
@@ -54,13 +54,13 @@ def figures(
     machine: Machine | None,
     simulation: Simulation | None,
     recording: Recording | None,
-    budget_bytes: int | None,
 ) -> Iterator[Figure]:
     """All figures, those that matter most first."""
     yield _bytes("peak memory", plan.peak_bytes(), "most device memory at any moment")
-    if budget_bytes is not None:
-        left_bytes = budget_bytes - plan.peak_bytes()
-        yield _bytes("budget", budget_bytes, f"{format_bytes(abs(left_bytes))} {'left' if left_bytes >= 0 else 'over'}")
+    if plan.budget_bytes is not None:
+        left_bytes = plan.budget_bytes - plan.peak_bytes()
+        left = f"{format_bytes(abs(left_bytes))} {'left' if left_bytes >= 0 else 'over'}"
+        yield _bytes("budget", plan.budget_bytes, left)
     yield _bytes("weights", plan.weights_bytes, "all that the graph reads")
     if simulation is not None and machine is not None:
         yield from _predicted(simulation, machine)

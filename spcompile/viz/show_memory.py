@@ -37,7 +37,6 @@ def show_memory(
     plan: Plan,
     lanes: Lanes,
     stays: Iterable[tuple[float, float, int]],
-    budget_bytes: int | None,
     measured_peak_bytes: int | None,
 ) -> Memory:
     """Memory while the shown iterations run.
@@ -46,7 +45,7 @@ def show_memory(
         plan: whose memory it is.
         lanes: what is shown.
         stays: start, end and bytes of each stay of a page in a slot.
-        budget_bytes, measured_peak_bytes: see `Memory`.
+        measured_peak_bytes: see `Memory`.
     """
     held = _clipped(stays, lanes.end)
     levels = sorted(_levels(plan, lanes))
@@ -64,7 +63,7 @@ def show_memory(
     taken["arena, free"] = tuple(plan.arena_bytes - nbytes for nbytes in in_use)
     taken["activations"], taken["gradients"] = activations, gradients
     shares = tuple(Share(name, *SHARES[name], nbytes) for name, nbytes in taken.items() if any(nbytes))
-    return Memory(tuple(times), shares, plan.peak_bytes(), budget_bytes, measured_peak_bytes)
+    return Memory(tuple(times), shares, plan.peak_bytes(), plan.budget_bytes, measured_peak_bytes)
 
 
 def simulated_stays(plan: Plan, stays: Iterable[Stay], zero_us: float) -> Iterator[tuple[float, float, int]]:

@@ -41,14 +41,14 @@ WORDS = {
 """The words of docs/design.md, in its order; ``floor`` is that of `Simulation.bound_us`."""
 
 
-def used_words(plan: Plan, *, has_times: bool, has_budget: bool, is_emulated: bool) -> Iterator[tuple[str, str]]:
+def used_words(plan: Plan, *, has_times: bool, is_emulated: bool) -> Iterator[tuple[str, str]]:
     """The words that a picture of this plan uses, with their meanings."""
     sends, streams = plan.gradients_bytes > 0, bool(plan.intervals)
     unused = {
         "leftovers": not plan.leftovers,
         "resident": not plan.residents,
         "mapped": not plan.mapped,
-        "budget": not has_budget,
+        "budget": plan.budget_bytes is None,
         "H2D, D2H, link": not has_times,
         "stall": not has_times,
         "floor": not has_times,

@@ -17,7 +17,7 @@ import torch
 
 from spcompile.errors import OffloadError
 from spcompile.runtime import host
-from spcompile.runtime.host import HostBlock, available_host_bytes, compute_device, free_device_bytes
+from spcompile.runtime.host import HostBlock, available_host_bytes, compute_device, free_device_bytes, host_limit_bytes
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -167,6 +167,7 @@ def test_interpreter_exit_is_quiet() -> None:
 @pytest.mark.usefixtures("machine")
 def test_available_without_a_cgroup() -> None:
     assert available_host_bytes() == 1000 * 1024
+    assert host_limit_bytes() is None
 
 
 def test_available_under_cgroup_v2(machine: Path) -> None:
@@ -176,6 +177,7 @@ def test_available_under_cgroup_v2(machine: Path) -> None:
     stat = "anon 100\ninactive_file 700\nactive_file 50"
     write(machine / "cgroup/pod", memory__max=5000, memory__current=3000, memory__stat=stat)
     assert available_host_bytes() == 5000 - 3000 + 750
+    assert host_limit_bytes() == 5000
 
 
 def test_available_under_cgroup_v1(machine: Path) -> None:
@@ -187,6 +189,7 @@ def test_available_under_cgroup_v1(machine: Path) -> None:
         memory__stat="inactive_file 1\ntotal_inactive_file 400\ntotal_active_file 5",
     )
     assert available_host_bytes() == 5000 - 3000 + 405
+    assert host_limit_bytes() == 5000
 
 
 def test_available_is_never_negative(machine: Path) -> None:

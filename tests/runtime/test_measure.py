@@ -15,6 +15,7 @@ import spcompile
 from spcompile.environment import cache_folder
 from spcompile.errors import OffloadError
 from spcompile.ir import Machine
+from spcompile.options import Options
 from spcompile.planner.machine import PROFILES
 from spcompile.runtime import measure
 from spcompile.runtime.measure import this_machine
@@ -134,14 +135,14 @@ def planned_on_cuda(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
     """The machine of a plan that was made while CUDA seemed to be here."""
     from spcompile import capture
 
-    ask = capture.Capture._machine
+    ask = capture.find_machine_for
 
-    def ask_as_on_cuda(self: capture.Capture, _device: torch.device) -> Machine:
+    def ask_as_on_cuda(_device: torch.device, options: Options) -> Machine:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            return ask(self, CUDA)
+            return ask(CUDA, options)
 
-    monkeypatch.setattr(capture.Capture, "_machine", ask_as_on_cuda)
+    monkeypatch.setattr(capture, "find_machine_for", ask_as_on_cuda)
     with torch.no_grad():
         plan: spcompile.Plan = spcompile.plan(model, (x,), k=1, **options)  # type: ignore[arg-type]
     return plan.machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from tests.viz.browsing import NARROW, WIDE, Opened, installed_browser, opened
 from tests.viz.recordings import recording_of
 from tests.viz.timed_plans import MACHINE, inference, training
 
-LARGE = training(80, capacity_bytes=40 * 512)
+WITHIN_BUDGET = training(80, capacity_bytes=40 * 512)
+LARGE = replace(WITHIN_BUDGET, budget_bytes=WITHIN_BUDGET.peak_bytes() + 100)
 """80 layers in training, of which some stay."""
 
 SELECTED = ".bar.on, .wait.on, .line.on, .layers tr.on"
@@ -43,14 +45,14 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "large plan.html"
-    LARGE.visualize(path, budget_bytes=LARGE.peak_bytes() + 100)
+    LARGE.visualize(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "plan.html"
-    inference(4, k=2).visualize(path, budget_bytes=2000)
+    replace(inference(4, k=2), budget_bytes=2000).visualize(path)
     return path
 
 
@@ -135,7 +137,7 @@ def test_figures_are_those_of_the_plan(browser: Browser, large: Path) -> None:
         foot = page.ask("[...document.querySelectorAll('.layers tfoot td')].map(cell => cell.textContent)")
         assert foot[1] == format_bytes(LARGE.weights_bytes)
         assert foot[3:5] == [format_time(simulation.compute_us), format_time(simulation.link_us)]
-        assert page.page.locator("#summary").text_content() == summary(LARGE, simulation, LARGE.peak_bytes() + 100)
+        assert page.page.locator("#summary").text_content() == summary(LARGE, simulation)
         starts = [bar["start"] for bar in view_in(page)["lanes"][0]["bars"] if bar["lane"] == "compute"]
         first_us = simulation.iteration_starts_us[simulation.typical]
         spans = [span for span in simulation.spans if span.lane == "compute" and span.iteration == simulation.typical]

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,7 +33,7 @@ def data_of(page: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("suffix", [*WRITERS, ".HTML"])
 def test_a_file_is_written_for_each_suffix(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"plan{suffix}"
-    picture = inference(k=2).visualize(path, budget_bytes=2000)
+    picture = replace(inference(k=2), budget_bytes=2000).visualize(path)
     assert picture.save(str(path)) == path
     assert path.stat().st_size > 1000
 
@@ -48,8 +48,8 @@ def test_other_suffixes_are_refused(name: str, found: str, tmp_path: Path) -> No
 
 
 def test_page_has_all_that_is_shown_and_nothing_from_elsewhere(tmp_path: Path) -> None:
-    plan = training(2, k=2)
-    picture = plan.visualize(tmp_path / "plan.html", recording=recording_of(plan, MACHINE), budget_bytes=5000)
+    plan = replace(training(2, k=2), budget_bytes=5000)
+    picture = plan.visualize(tmp_path / "plan.html", recording=recording_of(plan, MACHINE))
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert data_of(page) == json.loads(json.dumps([asdict(view) for view in picture.views]))
     assert re.findall(r"(?:src|href)\s*=|url\((?!#)|@import|\bfetch\(|XMLHttpRequest", page) == []

@@ -179,7 +179,7 @@ def test_lines_of_training() -> None:
 
 def test_summary_and_figures() -> None:
     plan = inference(k=2)
-    view = make_view(plan, budget_bytes=2000)
+    view = make_view(replace(plan, budget_bytes=2000))
     assert view.summary == (
         "1.51 KiB of weights run in 1.09 KiB of device memory, 88 B of it for what is not weights. "
         "An iteration is predicted to take 1.54 ms, limited by the link (compute takes 300 us)."
@@ -202,7 +202,7 @@ def test_summary_and_figures() -> None:
 
 
 def test_a_budget_that_is_not_kept_is_said() -> None:
-    view = make_view(inference(k=2), budget_bytes=1000)
+    view = make_view(replace(inference(k=2), budget_bytes=1000))
     assert "That is more than the budget of 1000 B." in view.summary
     assert view.figure("budget").note == "119 B over"
 
@@ -369,7 +369,8 @@ def as_training(graph: Plan, backward_step: int, gradients_bytes: int) -> Plan:
 @given(placed(), st.none() | st.integers(1, 10**6))
 @settings(max_examples=60)
 def test_every_plan_can_be_drawn(plan: Plan, budget_bytes: int | None) -> None:
-    view = make_view(plan, budget_bytes=budget_bytes)
+    plan = replace(plan, budget_bytes=budget_bytes)
+    view = make_view(plan)
     (graph,) = json.loads(page_data([view]))["graphs"]
     assert graph == json.loads(json.dumps(asdict(view)))
     json.loads(make_trace([view]))
