@@ -76,7 +76,8 @@ def make_schedule(program: Program) -> None:
     else:
         merge_bytes = _merge_limit_bytes(program, graph)
         if merge_pages(program, runs, graph.pages, merge_bytes) != graph.pages:
-            graph = _schedule(program, runs, merge_bytes)
+            merged = _schedule(program, runs, merge_bytes)
+            graph = merged if _has_room(program, merged) else graph
     plan = _place(program, graph)
     for each in program.graphs:
         each.plan = plan

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import spcompile
+from spcompile.planner.choose import least_capacity_bytes
 from spcompile.runtime.streams import EmulatedStreams
+from tests.models import Spec
 from tests.running import compile_offloaded
 
 
@@ -162,3 +165,26 @@ def test_a_page_of_empty_weights_is_found_again() -> None:
         for _ in range(4):
             run.model(torch.randn(2, 8))
     assert len(run.store.arena.tenants) <= len(run.plan.pages) + 1
+
+
+def test_small_pages_are_merged_only_where_there_is_room_for_them_merged() -> None:
+    """The smallest budget had room for the pages as they were, and not for two of them in one."""
+    spec = Spec(
+        kinds=("linear", "tied_pair"),
+        order=(0, 1),
+        width=16,
+        embedding=False,
+        tied_head=False,
+        skip=False,
+        outside_use=False,
+        dtype=torch.float32,
+        seed=0,
+    )
+    model, x = spec.build().eval(), spec.inputs()
+    with torch.no_grad():
+        expected = model(x)
+        plan = spcompile.plan(model, (x,), k=10**6, device="cpu", compiler="eager")
+        budget = plan.beside_bytes() + least_capacity_bytes(plan)
+        run = compile_offloaded(model, budget=budget)
+        assert torch.equal(run.model(x), expected)
+    assert run.plan.peak_bytes() <= budget

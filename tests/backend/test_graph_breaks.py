@@ -147,7 +147,7 @@ def test_plans_of_all_graphs() -> None:
     assert len(plans.pages) == 7
     assert plans.arena_bytes == side.store.arena.memory.numel()
     assert plans.peak_bytes() == max(plan.peak_bytes() for plan in plans)
-    assert str(plans).startswith("Graph 1 of 2\nPlan for cpu: 3 pages")
+    assert str(plans).startswith("2 graphs of one model")
     assert "\n\nGraph 2 of 2\nPlan for cpu: 4 pages" in str(plans)
 
 
