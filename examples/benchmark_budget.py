@@ -28,7 +28,7 @@ from torch import nn
 import spcompile
 from examples.benchmark_llama import build, measure_link
 from examples.benchmark_ways import Figures, compiled, forward, in_a_process, in_turns, store_of
-from spcompile import pipeline
+from spcompile import dry_run, pipeline
 from spcompile.ir import Plan
 from spcompile.passes import make_schedule
 
@@ -80,7 +80,7 @@ def planning() -> Figures:
 
         last = pipeline.PLANNING[-1]
         planned = (*pipeline.PLANNING[:-1], type(last)(timed, together=True))
-        with torch.no_grad(), mock.patch.object(spcompile.planning, "PLANNING", planned):
+        with torch.no_grad(), mock.patch.object(dry_run, "PLANNING", planned):
             keywords = {"input_ids": tokens, "use_cache": False}
             spcompile.plan(model, (), keywords, device="cuda", budget="6GB", machine="h100")
         figures[f"{layers} layers, {nodes[0]} nodes: placed in, s"] = seconds[0]

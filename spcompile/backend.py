@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.callback import CallbackArgs, on_compile_end, on_compile_start
+from torch._dynamo.callback import CallbackArgs, callback_handler, on_compile_end, on_compile_start
 from torch._dynamo.exc import ShortenTraceback
 
 from spcompile.arrival import find_or_make_store, name_of_caller, take_in_caller
@@ -55,30 +55,40 @@ def superpipeline(
     Raises:
         BackendError: (a ValueError) an option is wrong, or the model cannot be run as it stands.
     """
+    _listen()
     try:
         checked = parse_options(options, mode)
         if checked.compiler == "inductor":
             warm_up_inductor()
-        return _Compiler(gm, example_inputs, checked).compile()
+        with CollectorPause():
+            return _Compiler(gm, example_inputs, checked).compile()
     except SuperpipelineError as error:
         raise BackendError(str(error), first_useful_frame=sys._getframe()) from error
-
-
-@on_compile_start
-def _warm_up_early(_: CallbackArgs) -> None:
-    """Start Inductor's workers when Dynamo starts to trace: without them it would compile the first kernels itself.
-
-    This module is imported when somebody asks torch.compile for this backend.
-    """
-    if torch.cuda.is_available():
-        warm_up_inductor()
 
 
 _PAUSE = CollectorPause()
 """From the begin of Dynamo's tracing to its end, and during a backward that is compiled later."""
 
-on_compile_start(lambda _: _PAUSE.begin())
-on_compile_end(lambda _: _PAUSE.end())
+
+def _begin_compiling(_: CallbackArgs) -> None:
+    """Start Inductor's workers when Dynamo starts to trace: without them it would compile the first kernels itself."""
+    _PAUSE.begin()
+    if torch.cuda.is_available():
+        warm_up_inductor()
+
+
+def _end_compiling(_: CallbackArgs) -> None:
+    _PAUSE.end()
+
+
+def _listen() -> None:
+    """Have Dynamo say when it begins and ends; it forgets that with ``torch._dynamo.reset()``."""
+    if _begin_compiling not in callback_handler.start_callbacks:
+        on_compile_start(_begin_compiling)
+        on_compile_end(_end_compiling)
+
+
+_listen()  # this module is imported when somebody asks torch.compile for this backend
 
 
 class _Compiler:

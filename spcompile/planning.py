@@ -1,52 +1,35 @@
 """Plans without a run: `spcompile.plan`.
 
-Dynamo captures the model on its example inputs exactly as torch.compile would, the passes go as far as the plan, and
-nothing is compiled, moved or executed. With graph breaks the pieces before the last one have to run (eagerly) for
-Dynamo to get further, and each piece has a plan of its own.
-
-Neither the model's values nor the GPU have to be here; see ``absent``. Nor have the inputs: without any, the plan in
-force is given, or else inputs are guessed (``example_inputs``) and tried one after the other, or else the plan is one
-of the weights alone (``weights_only``). Where a plan's inputs come from is in its note.
+What a call would compile is found by making it, up to the plan (``dry_run``). The inputs need not be given: without
+any, the plan in force is returned, or else inputs are guessed (``example_inputs``) and tried one after the other, or
+else the plan is one of the weights alone (``weights_only``). Where a plan's inputs come from is in its note.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from spcompile.absent import ABSENT_GPU_BYTES, is_absent, rehome_for_absent_gpu, stand_in_inputs, stand_ins
-from spcompile.capture import Capture, Kind, find_machine_for, storage_weights
+from spcompile.absent import is_absent
+from spcompile.capture import find_machine_for
+from spcompile.dry_run import DryRun, absent_bytes, capture_programs, device_for, first_line
 from spcompile.errors import OptionError
 from spcompile.example_inputs import guess_inputs
 from spcompile.ir import Plan, Plans
 from spcompile.options import Options, parse_options
-from spcompile.passes.base import Program
-from spcompile.pipeline import PLANNING, run_passes
-from spcompile.planner.machine import find_machine
-from spcompile.rehome import ambient_autocast, rehome_examples, rehome_graph
-from spcompile.runtime.host import compute_device, free_device_bytes
-from spcompile.runtime.store import PageStore, find_store
-from spcompile.runtime.weights import storage_key
-from spcompile.text import format_bytes
-from spcompile.transformers_inputs import capturing_hooks
+from spcompile.runtime.host import free_device_bytes
+from spcompile.runtime.store import find_store
 from spcompile.weights_only import plan_weights_only
 
 logger = logging.getLogger(__name__)
-
-
-class _Stop(BaseException):
-    """Leaves Dynamo once the whole model is captured. Not an Exception, so that Dynamo does not report it as one."""
 
 
 def plan(
@@ -131,7 +114,7 @@ def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None
     """
     failures: list[str] = []
     for guess in guess_inputs(model, shape):
-        planner = _Planner(model, options, is_guess=True)
+        planner = DryRun(model, options, is_guess=True)
         try:
             with _quiet_about_fakes():
                 programs = planner.programs_of(guess.args, dict(guess.kwargs))
@@ -159,9 +142,9 @@ def _plan_weights_only(model: nn.Module, options: Options, failures: Sequence[st
         f" (first guess, {failures[0]})" if failures else "",
     )
     store = find_store(model.parameters())
-    device = _device(options, store, list(model.parameters()))
+    device = device_for(options, store, list(model.parameters()))
     if is_absent(device):
-        free_bytes = _absent_bytes(device, options)
+        free_bytes = absent_bytes(device, options)
     else:
         free_bytes = free_device_bytes(device) + (store.device_bytes() if store is not None else 0)
     return plan_weights_only(model, options, device, find_machine_for(device, options), free_bytes, reason)
@@ -178,25 +161,10 @@ def _quiet_about_fakes() -> Iterator[None]:
         noisy.disabled = was_disabled
 
 
-def capture_programs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
-) -> list[Program]:
-    """The ATen graphs of one call, each with its plan, not yet cut into segments.
-
-    Raises:
-        OptionError: see `plan`.
-    """
-    return _Planner(model, options).programs_of(args, kwargs)
-
-
 def _reason(error: Exception) -> str:
     """Why a call cannot be traced: of an error that Dynamo wraps, what the model or torch said."""
     inner = re.search(r"\bgot (\w+\(.*\))", str(error))
-    return inner[1] if inner else f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return inner[1] if inner else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _options_of(compiled: Any) -> Options | None:
@@ -236,172 +204,3 @@ def _find_plans_in_force(model: nn.Module | Callable[..., Any]) -> list[Plan]:
 
 def _one_or_all(plans: Sequence[Plan]) -> Plan | Plans:
     return plans[0] if len(plans) == 1 else Plans(plans)
-
-
-class _Planner:
-    """A backend of torch.compile that plans and compiles nothing.
-
-    Args:
-        model: what is called.
-        options: what is asked for.
-        is_guess: whether the inputs are guessed, so that nothing follows from sizes that differ from one to the next.
-
-    Attributes:
-        error: what went wrong in planning a graph that had been captured.
-    """
-
-    def __init__(self, model: nn.Module, options: Options, *, is_guess: bool = False) -> None:
-        self.model = model
-        self.options = options
-        self.is_guess = is_guess
-        self.programs: list[Program] = []
-        self.whole = True
-        self.error: Exception | None = None
-
-    def programs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Program]:
-        """See `capture_programs`."""
-        with ExitStack() as stack:
-            made = stack.enter_context(stand_ins(self.model))
-            args, kwargs = stand_in_inputs(made, (args, kwargs))
-            if self.is_guess or made.tensors:  # nobody has called it as yet, which would have put them there
-                stack.enter_context(capturing_hooks(self.model))
-            try:
-                programs = self.capture(args, kwargs, may_run=not made.tensors)
-            except torch._dynamo.exc.BackendCompilerFailed:
-                if not isinstance(self.error, OptionError):
-                    raise
-                raise self.error from None  # Dynamo buries its message
-        if not programs:
-            raise OptionError(
-                "nothing of the model was captured: Dynamo broke the graph everywhere (see TORCH_LOGS=graph_breaks)"
-            )
-        return programs
-
-    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, may_run: bool) -> list[Program]:
-        """Plan every graph that Dynamo makes of one call.
-
-        Args:
-            args, kwargs: the call.
-            may_run: whether the model has values, so that pieces of it can run to find the next ones.
-        """
-        try:
-            self._call(args, kwargs, fullgraph=True)
-        except torch._dynamo.exc.Unsupported as error:
-            if not may_run:
-                reason = _first_line(error)
-                raise OptionError(
-                    "a model on the meta device can be planned only if it is one graph, and this one breaks "
-                    f"({reason}): its pieces would have to run, and it has no values. TORCH_LOGS=graph_breaks shows "
-                    "where: remove the break, or plan a model with values"
-                ) from error
-            self.programs.clear()
-            self.whole = False
-            self._call(args, kwargs, fullgraph=False)
-        return self.programs
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, fullgraph: bool) -> None:
-        # Where torch can, without counting against the model's own recompile limit.
-        isolated = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-        compiled = torch.compile(  # type: ignore[call-overload]
-            self.model,
-            backend=self._backend,
-            fullgraph=fullgraph,
-            dynamic=False if self.is_guess else None,
-            **isolated,
-        )
-        with contextlib.suppress(_Stop):
-            compiled(*args, **kwargs)
-
-    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        tensors = [value for value in example_inputs if isinstance(value, Tensor)]
-        store = find_store(tensors)
-        device = _device(self.options, store, tensors)
-        if is_absent(device):
-            store = None  # it knows of another device
-        piece: fx.GraphModule = gm
-        traced_inputs: Sequence[Any] = example_inputs
-        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in tensors):
-            if not self.whole:
-                piece = copy.deepcopy(gm)  # this runs, on the CPU; the other is re-homed and planned
-            traced_inputs, context = _rehome(gm, example_inputs, device)
-        if store is None:
-            weights = storage_weights(self.model)
-            capture = Capture(
-                gm,
-                example_inputs,
-                self.options,
-                lambda tensor, _: weights.get(storage_key(tensor)),
-                list(weights.values()),
-                traced_inputs,
-                for_cuda=is_absent(device),
-                name=type(self.model).__name__,
-            )
-        else:
-            capture = Capture(
-                gm,
-                example_inputs,
-                self.options,
-                store.weight_of,
-                store.model_weights(),
-                traced_inputs,
-                name=type(self.model).__name__,
-            )
-
-        def plan_graph(module: fx.GraphModule, backward: fx.GraphModule | None = None) -> None:
-            free_bytes = _absent_bytes(device, self.options) if is_absent(device) else None
-            try:
-                program = capture.program(module, device=device, store=store, backward=backward, free_bytes=free_bytes)
-                run_passes(program, PLANNING)
-            except Exception as error:
-                self.error = error
-                raise
-            self.programs.append(program)
-            if self.whole:
-                raise _Stop
-
-        def compile_graph(module: fx.GraphModule, kind: Kind) -> Callable[..., Any]:
-            if kind is Kind.INFERENCE:
-                plan_graph(module)
-            return _not_run
-
-        with context:
-            capture.trace(compile_graph, plan_graph)
-        return piece.forward
-
-
-def _device(options: Options, store: PageStore | None, tensors: Sequence[Tensor]) -> torch.device:
-    """Where a graph with these inputs would compute."""
-    asked = torch.device(options.device or "cpu")
-    if is_absent(asked):
-        return torch.device("cuda", asked.index or 0)
-    if store is not None:
-        return store.device
-    present = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
-    return present or compute_device(options.device)
-
-
-def _rehome(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device
-) -> tuple[Sequence[Any], contextlib.AbstractContextManager[Any]]:
-    """Rewrite a graph that was captured on the CPU for the compute device; see ``rehome`` and ``absent``.
-
-    Returns:
-        What to trace it with instead of ``example_inputs``, and the context to trace it in.
-    """
-    if is_absent(device):
-        rehome_for_absent_gpu(gm)
-        return example_inputs, contextlib.nullcontext()
-    rehome_graph(gm, device)
-    return rehome_examples(gm, example_inputs, device), ambient_autocast(device)
-
-
-def _absent_bytes(device: torch.device, options: Options) -> int:
-    """Memory of a GPU that is not here: that of the machine that was asked for, or of the usual one."""
-    free_bytes = ABSENT_GPU_BYTES if options.machine is None else find_machine(options.machine).device_bytes
-    logger.warning("no CUDA device here: planning for a %s with %s", device, format_bytes(free_bytes))
-    return free_bytes
-
-
-def _not_run(_args: list[Any]) -> Any:
-    raise AssertionError("a planned graph is never run")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import spcompile
-from spcompile import planning
+from spcompile import backend, dry_run
 from spcompile.passes.base import Program
+from spcompile.pipeline import run_passes
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ def plan() -> None:
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_collector_pauses_while_a_graph_is_traced(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(planning, "run_passes", lambda *_: seen.append(gc.isenabled()))
+    monkeypatch.setattr(dry_run, "run_passes", lambda *_: seen.append(gc.isenabled()))
     if not enabled:
         gc.disable()
     with pytest.raises(AssertionError):  # nothing was planned
@@ -43,7 +45,40 @@ def test_the_collector_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Program) -> None:
         raise KeyError("a pass failed")
 
-    monkeypatch.setattr(planning, "run_passes", fail)
+    monkeypatch.setattr(dry_run, "run_passes", fail)
     with pytest.raises(Exception, match="a pass failed"):
         plan()
+    assert gc.isenabled()
+
+
+def compiled(options: dict[str, Any]) -> Tensor:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    y: Tensor = torch.compile(model, backend="superpipeline", options=options)(torch.randn(2, 4))
+    return y
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_pauses_from_dynamo_on(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a backward, which is compiled later."""
+    compiled({"compiler": "eager"})  # the backend is imported, which is when the callbacks are set
+    torch._dynamo.reset()
+    seen: list[bool] = []
+
+    def seeing(*args: Any) -> None:
+        seen.append(gc.isenabled())
+        run_passes(*args)
+
+    monkeypatch.setattr(backend, "run_passes", seeing)
+    if not enabled:
+        gc.disable()
+    y = compiled({"compiler": "eager", "k": 1})
+    assert gc.isenabled() == enabled
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert gc.isenabled() == enabled
+    assert seen == [False] * 3  # the plan of both graphs, and the rewriting of each
+
+
+def test_the_collector_goes_on_after_a_compilation_that_failed() -> None:
+    with pytest.raises(ValueError, match="unknown option"):
+        compiled({"kk": 1})
     assert gc.isenabled()

@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "offload", "arrival", "absent", "training"),
     ("transformers_inputs", "first_layer"),
     ("example_inputs", "weights_only"),
-    ("backend",),
+    ("backend", "dry_run"),
     ("planning",),
     ("explain",),
     ("spcompile",),  # the package's own __init__, which collects the interface

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import spcompile
 from spcompile import absent
 from spcompile.cuda_attention import attention, choose_operator
+from spcompile.dry_run import capture_programs
 from spcompile.ir import Plan, Plans
 from spcompile.options import parse_options
-from spcompile.planning import capture_programs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,7 +209,7 @@ def test_a_model_that_is_offloaded_to_the_emulated_device() -> None:
 def test_without_k_the_memory_of_an_absent_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert spcompile.plan(without_values(), (tokens(),), device="cuda").intervals == ()
-        monkeypatch.setattr("spcompile.planning.ABSENT_GPU_BYTES", 16_000)
+        monkeypatch.setattr("spcompile.dry_run.ABSENT_GPU_BYTES", 16_000)
         assert spcompile.plan(without_values(), (tokens(),), device="cuda").intervals
 
 
@@ -343,7 +343,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import spcompile
 from spcompile.options import parse_options
-from spcompile.planning import capture_programs
+from spcompile.dry_run import capture_programs
 
 config = LlamaConfig(
     hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672,

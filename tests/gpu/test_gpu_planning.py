@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend
 
 import spcompile
 from spcompile.cuda_attention import choose_operator
+from spcompile.dry_run import capture_programs
 from spcompile.options import parse_options
-from spcompile.planning import capture_programs
 from tests.backend.test_architectures import ARCHITECTURES
 from tests.test_planning_absent import CHOICES
 

@@ -18,12 +18,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from spcompile.dry_run import capture_programs
 from spcompile.graph import is_cast, is_scalar, value_of
 from spcompile.ir import Weight
 from spcompile.options import parse_options
 from spcompile.passes.base import LAYER, Program
 from spcompile.passes.cut_finer import cut_finer
-from spcompile.planning import capture_programs
 from tests.passes.graph_text import build_program
 
 Weights = Mapping[fx.Node, Weight]

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import spcompile
 from spcompile import ops
+from spcompile.dry_run import capture_programs
 from spcompile.ir import Action, ActionKind, Page, Plan, Step, Weight
 from spcompile.joint import join_graphs
 from spcompile.options import parse_options
@@ -23,7 +24,6 @@ from spcompile.pipeline import REWRITING, run_passes
 from spcompile.planner.machine import PROFILES
 from spcompile.planner.make_plan import make_plan
 from spcompile.planner.simulate import simulate
-from spcompile.planning import capture_programs
 from spcompile.verify.graphs import verify_graph
 from spcompile.verify.plans import verify_plan
 
