@@ -2,6 +2,7 @@
 #
 #   make demo    embed sentences with streamed weights (examples/quickstart.py)
 #   make test    the test suite
+#   make docs    the documentation as a site, in site/
 #   make lint    ruff and mypy
 #   make fuzz    the property tests, 10 000 examples each (hours)
 #   make clean   remove .venv and what the tools leave behind
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz clean
+.PHONY: help demo test docs lint fuzz clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,6 +33,11 @@ demo: $(INSTALLED)
 # One process for each core; each with one thread, as they share the cores already.
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# Not --quiet: with it mkdocs counts no warnings, and --strict lets everything pass.
+docs: $(INSTALLED)
+	@$(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html"
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
@@ -54,5 +60,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find spcompile passes tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
