@@ -1,7 +1,9 @@
 """Every block of code in README.md and docs/ runs, and prints what the page says that it prints.
 
 The blocks of a page run one after the other in a module of their own and in an empty folder, on the emulated device.
-``pytest --update-golden`` writes what was printed into the pages, where the text there has no ``...``.
+A picture beside a page has to be one that the page itself writes.
+
+``pytest --update-golden`` writes what was printed into the pages, where the text there has no ``...``, and pictures.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import io
 import linecache
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -21,7 +24,7 @@ import pytest
 import torch
 
 from spcompile.options import Options
-from tests.docs.markdown_pages import ROOT, SETUP, Block, blocks_of, page_name, page_paths
+from tests.docs.markdown_pages import ROOT, SETUP, Block, blocks_of, links_of, page_name, page_paths
 
 LANGUAGES = {SETUP, "python", "sh", "text", "js", "json"}
 
@@ -83,9 +86,17 @@ def test_blocks_run(
             printed = "".join(run_command(words, path, block) for words in commands_of(block))
     if request.config.getoption("--update-golden"):
         write_outputs(path, texts)
+        for name in pictures_of(path):
+            shutil.copy(name, path.parent)
         return
+    for name in pictures_of(path):
+        assert Path(name).is_file(), f"{page_name(path)} shows {name} and does not write it"
     for block, got in texts:
         assert_printed(block, got, f"{page_name(path)}:{block.line}")
+
+
+def pictures_of(path: Path) -> list[str]:
+    return [target for _, target in links_of(path) if re.fullmatch(r"[\w-]+\.(svg|png)", target)]
 
 
 def run_python(block: Block, path: Path, module: ModuleType) -> str:
