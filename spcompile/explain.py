@@ -107,9 +107,10 @@ def explain(model: torch.nn.Module | Callable[..., Any]) -> Explanation | Any:
     """
     store = _store_of(model)
     recordings = {id(each.plan): each for each in store.recordings}
-    inner: Any = getattr(model, "_orig_mod", model)
-    recompiles = _recompiles(inner)
-    explained = [Explanation(plan, recordings.get(id(plan)), recompiles) for plan in plans_in_force(model)]
+    plans = plans_in_force(model)
+    # The pieces between graph breaks read different pages; what reads the same was compiled again.
+    recompiles = len(plans) - len({frozenset(plan.pages) for plan in plans})
+    explained = [Explanation(plan, recordings.get(id(plan)), recompiles) for plan in plans]
     return explained[0] if len(explained) == 1 else Explanations(explained)
 
 
@@ -121,14 +122,6 @@ def _store_of(model: Any) -> PageStore:
     if store is None or not store.runtimes():
         raise OptionError("there is nothing to explain or record yet: run the compiled model once")
     return store
-
-
-def _recompiles(model: torch.nn.Module) -> int:
-    """How often Dynamo compiled the model's forward again, for other shapes, modes, or anything else it guards on."""
-    code = getattr(model.forward, "__code__", None)
-    if code is None:
-        return 0
-    return max(0, len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code)) - 1)
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,8 @@ class Explanation:
     Attributes:
         plan: as it is in force.
         recording: of this plan, if there is one.
-        recompiles: how often Dynamo compiled the model's forward again.
+        recompiles: how many of the graphs in force were compiled again, for other shapes, modes, or anything else that
+            Dynamo guards on.
     """
 
     plan: Plan

@@ -182,6 +182,10 @@ def test_a_real_run_is_explained() -> None:
         run.model(torch.ones(3, 32))  # another batch size
     explanations: Any = spcompile.explain(run.model)
     assert {each.recompiles for each in explanations} == {1}
+    other = torch.compile(run.model._orig_mod, backend="superpipeline", options={"compiler": "eager", "k": 3})  # type: ignore[attr-defined]
+    with torch.no_grad():
+        other(torch.ones(2, 32))
+    assert spcompile.explain(other).recompiles == 0  # another call of torch.compile is no recompilation
 
 
 def test_each_graph_is_explained() -> None:
@@ -193,6 +197,7 @@ def test_each_graph_is_explained() -> None:
     explanations = spcompile.explain(run.model)
     assert isinstance(explanations, Explanations)
     assert [each.recording for each in explanations] == recordings
+    assert [each.recompiles for each in explanations] == [0, 0]
     assert str(explanations).startswith("Graph 1 of 2\nRecorded on the emulated device, 1 iteration")
 
 
