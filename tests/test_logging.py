@@ -29,7 +29,12 @@ for name in ("spcompile", "spcompile.runtime.store", "spcompile.passes.make_sche
         logging.getLogger(name).log(level, "said by %s", name)
 """
 
-ORDERS = ["import torch", "import spcompile", "from spcompile.ir import Plan", "import spcompile.backend"]
+ORDERS = [
+    "import torch",
+    "import spcompile, torch",
+    "from spcompile.ir import Plan; import torch",  # neither of these two imports torch by itself
+    "import spcompile.backend",
+]
 
 
 def log_of(source: str, setting: str) -> list[str]:
