@@ -329,6 +329,7 @@ class PageStore:
     def _fill_block(self, moving: Sequence[tuple[StoredWeight, int]], advance: Advance) -> None:
         pieces = [(offset_bytes, self._face(weight)) for weight, offset_bytes in moving]
         block = HostBlock.filled(pieces, self.device, advance)
+        del pieces  # they hold the originals
         for weight, offset_bytes in moving:
             following = self._following(weight)
             weight.move_in(block, offset_bytes)
