@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import spcompile
 from spcompile.runtime.store import PageStore, find_store
 from spcompile.runtime.streams import CudaStreams
+from tests.device_memory import held_bytes
 from tests.slow_device import Slow
 
 pytestmark = [
@@ -134,16 +135,15 @@ def test_memory_is_that_of_the_plan() -> None:
     model, plain, tokens = make()
     del plain
     fast = compiled(model, k=2, m=1)
-    torch._C._cuda_clearCublasWorkspaces()  # compiling does, too
     with torch.no_grad():
-        before = torch.cuda.memory_allocated()
+        before = held_bytes()
         fast(tokens)
         torch.cuda.reset_peak_memory_stats()
         fast(tokens)
         peak = torch.cuda.max_memory_allocated() - before
     plan = spcompile.plan(fast)
     assert plan.peak_weight_bytes < plan.weights_bytes / 3
-    assert plan.peak_weight_bytes <= peak <= plan.peak_weight_bytes + 8 * 2**20
+    assert plan.peak_weight_bytes <= peak <= plan.peak_weight_bytes + plan.workspace_bytes + 8 * 2**20
 
 
 def test_another_stream_of_the_caller() -> None:
@@ -210,11 +210,11 @@ def test_without_waiting_for_the_last_reader_results_are_wrong(monkeypatch: pyte
 def test_device_memory_comes_back_without_waiting_for_compiled_code() -> None:
     model, plain, tokens = make()
     del plain
-    before = torch.cuda.memory_allocated()
+    before = held_bytes()
     fast = compiled(model, k=2, m=1)
     with torch.no_grad():
         fast(tokens)
-    assert torch.cuda.memory_allocated() - before >= store_of(model).arena.memory.numel() > 2**24
+    assert held_bytes() - before >= store_of(model).arena.memory.numel() > 2**24
     spcompile.restore(model)
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
-    assert torch.cuda.memory_allocated() <= before
+    assert held_bytes() <= before
