@@ -37,6 +37,7 @@ from spcompile.runtime.recording import Recorder
 from spcompile.runtime.store import PageStore, find_store
 from spcompile.runtime.streams import EmulatedStreams
 from spcompile.text import format_bytes
+from spcompile.viz import visualize
 from spcompile.viz.picture import Picture
 
 WORTHWHILE = 0.03
@@ -279,6 +280,17 @@ class Explanation:
         return replace(self.plan, steps=tuple(steps), machine=machine), machine
 
     @property
+    def conclusions(self) -> tuple[str, ...]:
+        """What limits the iteration, and what would help most; nothing where there are no times."""
+        if not self.is_timed:
+            return ()
+        limits = {"compute": "the GPU's own work", **CAUSES, "link": "the link"}
+        return (
+            f"Limited by {self.limited_by}: {limits[self.limited_by]}",
+            f"What would help most: {self.advice or 'nothing that memory can buy'}",
+        )
+
+    @property
     def _recorded(self) -> Recording:
         if self.recording is None:
             raise OptionError("nothing was recorded: run the model inside `with spcompile.record(model):`")
@@ -292,7 +304,7 @@ class Explanation:
         """The plan's picture, with the measured lanes beside the predicted ones where there are any; see
         `Plan.visualize`."""
         recording = self.recording if self.is_timed else None
-        return self.plan.visualize(path, recording=recording)
+        return visualize([self.plan], path, recording=recording, remarks=self.conclusions)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -327,7 +339,7 @@ def _lines(each: Explanation) -> Iterator[str]:
             yield f"  peak        {format_bytes(recording.peak_bytes)} (plan: {format_bytes(plan.peak_bytes())})"
     yield f"  recompiles  {each.recompiles}"
     if each.is_timed:
-        yield from _conclusions(each)
+        yield from _stall_lines(each)
 
 
 def _timed_lines(each: Explanation) -> Iterator[str]:
@@ -346,16 +358,13 @@ def _timed_lines(each: Explanation) -> Iterator[str]:
         yield f"  floor       {_ms(each.floor_us)}: the iteration takes {whole_us / each.floor_us:.3f} times as long"
 
 
-def _conclusions(each: Explanation) -> Iterator[str]:
+def _stall_lines(each: Explanation) -> Iterator[str]:
     waited_us = sum(stall.us for stall in each.stalls)
     yield f"  stalls      {_ms(waited_us)} in {len(each.stalls)} waits"
     for stall in sorted(each.stalls, key=lambda stall: -stall.us)[:SHOWN_STALLS]:
         where = each.plan.steps[stall.step].segment if stall.step < len(each.plan.steps) else "the end"
         yield f"    {_ms(stall.us)} before {where}, for {stall.page}: {CAUSES[stall.cause]}"
-    limits = {"compute": "the GPU's own work", "link": "the link", **{key: CAUSES[key] for key in ("room", "late")}}
-    limits["gradients"] = CAUSES["gradients"]
-    yield f"Limited by {each.limited_by}: {limits[each.limited_by]}"
-    yield f"What would help most: {each.advice or 'nothing that memory can buy'}"
+    yield from each.conclusions
 
 
 def _as_budget(nbytes: int) -> str:

@@ -129,6 +129,20 @@ def test_advice_of_less_memory_where_compute_hides_all_copies() -> None:
     assert "less would do" in str(advice)
 
 
+def test_the_picture_says_what_the_text_concludes() -> None:
+    plan = chain(100.0, 2)
+    explanation = Explanation(plan, recorded(plan), recompiles=0)
+    (view,) = explanation.visualize().views
+    limit, advice = explanation.conclusions
+    assert limit == "Limited by link: the link"
+    assert advice == f"What would help most: {explanation.advice}"
+    assert view.notes[:2] == (limit, advice)
+    assert [lanes.title for lanes in view.lanes] == ["predicted", "measured"]
+    (unmeasured,) = Explanation(plan, None, recompiles=0).visualize().views
+    assert len(unmeasured.lanes) == 1
+    assert not any(note.startswith("Limited") for note in unmeasured.notes)
+
+
 def test_no_advice_without_times() -> None:
     plan = chain(100.0, 2)
     emulated = replace(recorded(plan), is_emulated=True)

@@ -21,8 +21,13 @@ def visualize(
     *,
     machine: str | Machine | None = None,
     recording: Recording | None = None,
+    remarks: Sequence[str] = (),
 ) -> Picture:
     """A picture of the plans of one model's graphs; see `Plan.visualize`.
+
+    Args:
+        plans, path, machine, recording: as there.
+        remarks: sentences to show above the figures.
 
     Raises:
         OptionError: no plans, a machine that no profile is named after, a recording of none of the plans, or a file
@@ -35,7 +40,12 @@ def visualize(
         raise OptionError("the recording is of none of these plans: show it with the plan that ran")
     picture = Picture(
         tuple(
-            make_view(plan, machine=machine, recording=recording if is_recorded or len(plans) == 1 else None)
+            make_view(
+                plan,
+                machine=machine,
+                recording=recording if is_recorded or len(plans) == 1 else None,
+                remarks=remarks,
+            )
             for plan, is_recorded in zip(plans, of_recording, strict=True)
         )
     )

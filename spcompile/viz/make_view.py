@@ -7,7 +7,7 @@ simulation, and the picture shows steps and slots instead of times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spcompile.ir import Machine, Plan
@@ -37,6 +37,7 @@ def make_view(
     *,
     machine: str | Machine | None = None,
     recording: Recording | None = None,
+    remarks: Sequence[str] = (),
 ) -> View:
     """Everything that a picture of the plan shows.
 
@@ -44,6 +45,7 @@ def make_view(
         plan: one that the verifier accepts.
         machine: what copies are timed on, a profile's name or a machine; None: the plan's own.
         recording: of a run of this plan.
+        remarks: sentences to show above the figures.
 
     Raises:
         OptionError: no profile has this name.
@@ -62,7 +64,7 @@ def make_view(
         title=f"Plan for {plan.device}: {count(len(plan.pages), 'page')}, {count(len(plan.layers), 'layer')}, "
         f"{count(len(plan.steps), 'step')}",
         summary=show_figures.summary(plan, simulation),
-        notes=tuple(_notes(plan, timed_on, recording)),
+        notes=(*remarks, *_notes(plan, timed_on, recording)),
         unit="step" if simulation is None else "us",
         figures=tuple(show_figures.figures(plan, timed_on, simulation, recording)),
         lanes=lanes,
