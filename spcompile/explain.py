@@ -284,7 +284,7 @@ class Explanation:
         """What limits the iteration, and what would help most; nothing where there are no times."""
         if not self.is_timed:
             return ()
-        limits = {"compute": "the GPU's own work", **CAUSES, "link": "the link"}
+        limits = {"compute": "the GPU is busy all the time", **CAUSES, "link": "copies keep it busy all the time"}
         return (
             f"Limited by {self.limited_by}: {limits[self.limited_by]}",
             f"What would help most: {self.advice or 'nothing that memory can buy'}",

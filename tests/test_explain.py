@@ -134,7 +134,7 @@ def test_the_picture_says_what_the_text_concludes() -> None:
     explanation = Explanation(plan, recorded(plan), recompiles=0)
     (view,) = explanation.visualize().views
     limit, advice = explanation.conclusions
-    assert limit == "Limited by link: the link"
+    assert limit == "Limited by link: copies keep it busy all the time"
     assert advice == f"What would help most: {explanation.advice}"
     assert view.notes[:2] == (limit, advice)
     assert [lanes.title for lanes in view.lanes] == ["predicted", "measured"]
