@@ -117,7 +117,7 @@ class DryRun:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, fullgraph: bool) -> None:
         # Where torch can, without counting against the model's own recompile limit.
-        isolated = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+        isolated = {"isolate_recompiles": True} if _keeps_calls_apart() else {}
         compiled = torch.compile(  # type: ignore[call-overload]
             self.model,
             backend=self._backend,
@@ -184,6 +184,20 @@ class DryRun:
         with context:
             capture.trace(compile_graph, plan_graph)
         return piece.forward
+
+
+def forget_failed_call(model: nn.Module) -> None:
+    """Have Dynamo look at a model anew after a call that failed: until torch could keep the frames of different
+    torch.compile calls apart, it marked those that raised as not worth compiling, for everybody."""
+    if _keeps_calls_apart():
+        return
+    forwards = {type(module).forward for module in model.modules()}
+    for code in {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}:
+        torch._dynamo.reset_code(code)  # type: ignore[attr-defined]
+
+
+def _keeps_calls_apart() -> bool:
+    return "isolate_recompiles" in signature(torch.compile).parameters
 
 
 def device_for(options: Options, store: PageStore | None, tensors: Sequence[Tensor]) -> torch.device:

@@ -20,7 +20,7 @@ from torch import nn
 
 from spcompile.absent import is_absent
 from spcompile.capture import find_machine_for
-from spcompile.dry_run import DryRun, absent_bytes, capture_programs, device_for, first_line
+from spcompile.dry_run import DryRun, absent_bytes, capture_programs, device_for, first_line, forget_failed_call
 from spcompile.errors import OptionError
 from spcompile.example_inputs import guess_inputs
 from spcompile.ir import Plan, Plans
@@ -121,6 +121,7 @@ def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None
         except Exception as error:
             if planner.error is not None:  # what was asked for is impossible, whatever the inputs
                 raise
+            forget_failed_call(model)
             failures.append(f"{guess}: {_reason(error)}")
             logger.info("example inputs that cannot be traced, from %s", failures[-1])
             continue

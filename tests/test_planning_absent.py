@@ -383,4 +383,5 @@ def test_a_model_of_70_billion_weights() -> None:
     assert plan.weights_bytes > 140e9
     assert plan.peak_weight_bytes < 12e9
     assert counts["aten._scaled_dot_product_cudnn_attention.default"] == 80
-    assert not any("softmax" in name or "bmm" in name for name in counts)
+    assert not any("softmax" in name for name in counts)
+    assert counts["aten.bmm.default"] <= 1  # the angles of rotary embeddings, until torch 2.11
