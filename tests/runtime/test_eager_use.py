@@ -299,6 +299,9 @@ def test_an_operation_before_the_first_call(name: str) -> None:
     same_values(model, plain)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="Dynamo of torch 2.11 sees no parameter unfrozen, with any backend"
+)
 def test_a_gradient_step_after_each_freeze() -> None:
     pair = Pair()
     for frozen in (True, False):
