@@ -78,7 +78,13 @@ class Packing:
 
 
 def pack(
-    stays: Sequence[Stay], sizes_bytes: Sequence[int], n_steps: int, *, wraps: bool, max_period: int = 256
+    stays: Sequence[Stay],
+    sizes_bytes: Sequence[int],
+    n_steps: int,
+    *,
+    wraps: bool,
+    max_period: int = 256,
+    search: bool = True,
 ) -> Packing:
     """Give every stay an offset in every phase.
 
@@ -88,6 +94,8 @@ def pack(
         n_steps: steps of an iteration.
         wraps: whether iterations follow each other. If not, each starts with an empty arena, and the period is 1.
         max_period: most iterations after which offsets may repeat.
+        search: whether addresses are searched for where orders and slots lead to none that are near the bound, which
+            takes tenths of a second.
 
     Returns:
         A packing of period 1 where one is within 5 % of the most bytes held, otherwise the smallest that was found.
@@ -99,7 +107,7 @@ def pack(
     _check(stays, sizes_bytes, n_steps, wraps)
     held_most_bytes = max(held_bytes(stays, sizes_bytes, n_steps), default=0)
     problem = _Problem(tuple(stays), tuple(sizes_bytes), n_steps, wraps, held_most_bytes)
-    offsets = _best(problem, max_period)
+    offsets = _best(problem, max_period, search)
     period = len(offsets[0]) if offsets else 1
     bound_bytes = held_most_bytes
     if wraps and period == 1:
@@ -151,7 +159,7 @@ class _Problem:
         return self.arena_bytes(offsets) <= factor * self.held_most_bytes
 
 
-def _best(problem: _Problem, max_period: int) -> Offsets:
+def _best(problem: _Problem, max_period: int, search: bool) -> Offsets:
     """The packing that is wanted: candidates are made until one is near the bound."""
     candidates: list[Offsets] = []
     # Most chains fit at once, in order or in slots: only what does not is improved, which takes longer.
@@ -161,7 +169,7 @@ def _best(problem: _Problem, max_period: int) -> Offsets:
             return candidates[-1]
     candidates += _pack_by_order(problem, ROUNDS)
     least_bytes = min(map(problem.arena_bytes, candidates))
-    if least_bytes > NEAR * problem.held_most_bytes:
+    if search and least_bytes > NEAR * problem.held_most_bytes:
         candidates += _pack_in_time(problem, least_bytes, max_period)
     with_period_1 = [offsets for offsets in candidates if len(offsets[0]) == 1]
     near = [offsets for offsets in with_period_1 if problem.is_near(offsets)]

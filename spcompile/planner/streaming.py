@@ -50,7 +50,12 @@ def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
 
 
 def stream_in_room(
-    plan: Plan, residents: Collection[int], room_bytes: int, *, reserve_bytes: int | None = None
+    plan: Plan,
+    residents: Collection[int],
+    room_bytes: int,
+    *,
+    reserve_bytes: int | None = None,
+    search: bool = True,
 ) -> Plan:
     """The plan with these residents and everything else streamed through so much memory.
 
@@ -59,6 +64,7 @@ def stream_in_room(
         residents: indices of the pages that stay on the device.
         room_bytes: most bytes of the arena.
         reserve_bytes: what of it is not taken to keep pages between their uses; None: nothing is kept.
+        search: see `spcompile.planner.packing.pack`.
 
     Raises:
         ValueError: some step needs more room.
@@ -74,7 +80,7 @@ def stream_in_room(
             visits = keep_gaps(visits, sizes_bytes, n_steps, max(0, usable_bytes - reserve_bytes))
         sizes_bytes = [plan.pages[visit.page].slot_bytes for visit in visits]
         stays = start_early(visits, sizes_bytes, n_steps, usable_bytes, plan.wraps)
-        packing = pack(stays, sizes_bytes, n_steps, wraps=plan.wraps)
+        packing = pack(stays, sizes_bytes, n_steps, wraps=plan.wraps, search=search)
         if packing.arena_bytes <= room_bytes:
             break
         # What lies between the pages is lost. With less to hold it is less, too.

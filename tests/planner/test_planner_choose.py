@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from spcompile.errors import OptionError
 from spcompile.ir import Machine, Page, Plan, Step, Weight
+from spcompile.planner import packing
 from spcompile.planner.choose import _careful_us, choose_fastest, choose_leanest, find_tradeoff, least_capacity_bytes
 from spcompile.planner.early import Visit, start_early, visits_of
 from spcompile.planner.machine import PROFILES, find_machine
@@ -20,6 +21,7 @@ from spcompile.planner.simulate import predict_iteration_us, simulate
 from spcompile.planner.slots import most_held
 from spcompile.planner.streaming import _at_offsets, stream
 from spcompile.verify.plans import verify_plan
+from tests.hand_plans import page
 from tests.planner.planner_cases import READS, Reads, chain, there_and_back
 
 MIB = 2**20
@@ -156,6 +158,25 @@ def test_the_curve_falls(graph: Plan) -> None:
     for point in curve:
         assert not verify_plan(point.plan, point.peak_bytes)
         assert point.peak_bytes == point.plan.peak_bytes()
+
+
+def test_a_curve_is_drawn_without_searching_for_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search takes tenths of a second, and a curve has some hundred plans."""
+    searched: list[object] = []
+
+    def search(*problem: object) -> list[object]:
+        searched.append(problem)
+        return []
+
+    monkeypatch.setattr(packing, "_pack_in_time", search)
+    sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
+    pages = tuple(page(f"p{index}", size * MIB) for index, size in enumerate(sizes))
+    steps = tuple(Step(f"s{index}", None, (index,), 1.0) for index in range(len(sizes)))
+    graph = Plan("cuda:0", 1, 1, True, pages, (), (), steps, (), 1, (), machine=MACHINE)
+    assert len(find_tradeoff(graph)) > 10
+    assert searched == []
+    choose_fastest(graph, 20 * MIB)
+    assert searched
 
 
 @given(graphs(), st.sampled_from((1.0, 1.02, 1.5, 3.0)))
