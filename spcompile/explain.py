@@ -187,8 +187,7 @@ class Explanation:
     @cached_property
     def iteration_us(self) -> float:
         """From its begin until the last step has run and its gradients are in host memory."""
-        starts, ends = self._recorded.iteration_starts_us, self._recorded.iteration_ends_us
-        return self._median([ends[each] - starts[each] for each in self.iterations])
+        return self._median([self._recorded.durations_us[each] for each in self.iterations])
 
     def busy_us(self, lane: str) -> float:
         """How long a lane (``"compute"``, ``"H2D"``, ``"D2H"``) works in an iteration."""
@@ -206,18 +205,14 @@ class Explanation:
     @cached_property
     def link_bytes_per_s(self) -> float | None:
         """Rate of the copies to the device while they ran; None where there were none."""
-        nbytes = {page.name: page.nbytes for page in self.plan.pages}
-        copies = [span for span in self._recorded.spans if span.lane == "H2D"]
-        busy_us = sum(span.end_us - span.start_us for span in copies)
-        return sum(nbytes.get(span.label, 0) for span in copies) / busy_us * 1e6 if busy_us else None
+        return self._recorded.link_bytes_per_s
 
     @cached_property
     def stalls(self) -> tuple[Stall, ...]:
         """Those of an iteration of median length, in order."""
-        recorded = self._recorded
-        starts, ends = recorded.iteration_starts_us, recorded.iteration_ends_us
-        typical = min(self.iterations, key=lambda each: abs(ends[each] - starts[each] - self.iteration_us))
-        return tuple(stall for stall in recorded.stalls if starts[typical] <= stall.start_us < ends[typical])
+        durations_us = self._recorded.durations_us
+        typical = min(self.iterations, key=lambda each: abs(durations_us[each] - self.iteration_us))
+        return self._recorded.stalls_of(typical)
 
     @cached_property
     def limited_by(self) -> str:
@@ -238,7 +233,8 @@ class Explanation:
         machine = self.plan.machine
         if machine is None or not self.is_timed:
             return None
-        as_measured, machine = self._as_measured(machine)
+        machine = replace(machine, h2d_bytes_per_s=self.link_bytes_per_s or machine.h2d_bytes_per_s)
+        as_measured = self._as_measured(machine)
         now_us, now_bytes = predict_iteration_us(as_measured, machine), self.plan.peak_bytes()
         curve = replace(as_measured, budget_bytes=None).tradeoff()
         quicker = [
@@ -264,8 +260,8 @@ class Explanation:
         change_us = point.iteration_us - now_us
         return Advice(point.peak_bytes, point.iteration_us, point.peak_bytes - now_bytes, change_us, n_pages)
 
-    def _as_measured(self, machine: Machine) -> tuple[Plan, Machine]:
-        """The plan with the times of its steps, and the machine with the rate of its link, as they were measured."""
+    def _as_measured(self, machine: Machine) -> Plan:
+        """The plan on this machine, with the times of its steps as they were measured."""
         times: dict[int, list[float]] = {}
         for span in self._recorded.spans:
             if span.lane == "compute" and span.iteration in self.iterations:
@@ -276,8 +272,7 @@ class Explanation:
             in_place_us = machine.gather_time_us(in_place_bytes) if in_place_bytes else 0.0
             measured_us = statistics.median(times[index]) if index in times else step.compute_us + in_place_us
             steps.append(replace(step, compute_us=max(0.0, measured_us - in_place_us)))
-        machine = replace(machine, h2d_bytes_per_s=self.link_bytes_per_s or machine.h2d_bytes_per_s)
-        return replace(self.plan, steps=tuple(steps), machine=machine), machine
+        return replace(self.plan, steps=tuple(steps), machine=machine)
 
     @property
     def conclusions(self) -> tuple[str, ...]:
@@ -347,13 +342,13 @@ def _timed_lines(each: Explanation) -> Iterator[str]:
     beside = f", predicted {_ms(predicted.iteration_us)}" if predicted is not None else ""
     yield f"Measured on {each.plan.device}, {len(each.iterations)} iterations: {_ms(whole_us)} each{beside}"
     known = (predicted.compute_us, predicted.link_us, predicted.down_us) if predicted is not None else (None,) * 3
-    for name, lane, expected_us in zip(("compute", "H2D", "D2H"), ("compute", "H2D", "D2H"), known, strict=True):
+    for lane, expected_us in zip(("compute", "H2D", "D2H"), known, strict=True):
         busy_us = each.busy_us(lane)
         if not busy_us:
             continue
         rate = f", {each.link_bytes_per_s / 1e9:.1f} GB/s" if lane == "H2D" and each.link_bytes_per_s else ""
         beside = f", predicted {_ms(expected_us)}" if expected_us is not None else ""
-        yield f"  {name:<10}  {_ms(busy_us)} busy ({busy_us / whole_us:.0%}{rate}{beside})"
+        yield f"  {lane:<10}  {_ms(busy_us)} busy ({busy_us / whole_us:.0%}{rate}{beside})"
     if whole_us:
         yield f"  floor       {_ms(each.floor_us)}: the iteration takes {whole_us / each.floor_us:.3f} times as long"
 

@@ -97,3 +97,22 @@ class Recording:
     sent_bytes: tuple[int, ...]
     peak_bytes: int | None
     is_emulated: bool
+
+    @property
+    def durations_us(self) -> tuple[float, ...]:
+        """How long each iteration took, from its begin to its end."""
+        pairs = zip(self.iteration_starts_us, self.iteration_ends_us, strict=True)
+        return tuple(end_us - start_us for start_us, end_us in pairs)
+
+    def stalls_of(self, iteration: int) -> tuple[Stall, ...]:
+        """The stalls of one iteration, in order."""
+        start_us, following_us = (*self.iteration_starts_us, float("inf"))[iteration : iteration + 2]
+        return tuple(stall for stall in self.stalls if start_us <= stall.start_us < following_us)
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """Rate of the copies to the device while they ran; None where there were none."""
+        page_bytes = {page.name: page.nbytes for page in self.plan.pages}
+        copies = [span for span in self.spans if span.lane == "H2D" and span.label in page_bytes]
+        busy_us = sum(span.end_us - span.start_us for span in copies)
+        return sum(page_bytes[span.label] for span in copies) / busy_us * 1e6 if busy_us else None

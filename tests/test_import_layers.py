@@ -63,7 +63,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "verify.plans": ("errors", "sizes", "ir", "text", "verify.violations"),
     "verify.graphs": ("errors", "ir", "text", "ops", "graph_text", "verify.violations", "verify.plans"),
     "planner.*": ("errors", "options", "ir", "text", "lanes", "planner.*"),
-    "viz.*": ("errors", "sizes", "ir", "text", "lanes", "planner.*", "viz.*"),
+    "viz.*": ("errors", "sizes", "ir", "wording", "text", "lanes", "planner.*", "viz.*"),
     # A pass sees its base, never another pass.
     "passes.base": ("errors", "options", "ir", "text", "planner.*", "ops", "graph", "dump"),
     "passes.*": (

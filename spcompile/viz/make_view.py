@@ -24,12 +24,12 @@ from spcompile.viz.show_lanes import (
     planned_lanes,
     predicted_lanes,
     shown_iterations,
-    stalls_of,
     typical_iteration,
 )
 from spcompile.viz.show_memory import planned_stays, show_memory, simulated_stays
 from spcompile.viz.view import Lanes, View, Work
-from spcompile.viz.words import count, used_causes, used_words
+from spcompile.viz.words import used_causes, used_words
+from spcompile.wording import count
 
 
 def make_view(
@@ -103,7 +103,7 @@ def _simulated(plan: Plan, rows: RowIndex, machine: Machine, recording: Recordin
 
 def _measured_work(rows: RowIndex, recording: Recording) -> list[Work]:
     index = typical_iteration(recording)
-    return work_of(rows, recording.spans, stalls_of(recording, index), index)
+    return work_of(rows, recording.spans, recording.stalls_of(index), index)
 
 
 def _notes(plan: Plan, machine: Machine | None, recording: Recording | None) -> Iterator[str]:

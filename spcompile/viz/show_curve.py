@@ -12,7 +12,8 @@ from spcompile.ir import Machine, Plan
 from spcompile.planner.simulate import ROUNDING, predict_iteration_us
 from spcompile.text import format_bytes
 from spcompile.viz.view import CurvePoint
-from spcompile.viz.words import count, format_time
+from spcompile.viz.words import format_time
+from spcompile.wording import count
 
 
 def show_curve(plan: Plan, machine: Machine, iteration_us: float) -> tuple[CurvePoint, ...]:

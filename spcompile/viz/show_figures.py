@@ -15,7 +15,8 @@ from spcompile.planner.simulate import Simulation
 from spcompile.text import format_bytes
 from spcompile.viz.show_lanes import typical_iteration
 from spcompile.viz.view import Figure
-from spcompile.viz.words import count, format_rate, format_time, weights_sentence
+from spcompile.viz.words import format_rate, format_time, weights_sentence
+from spcompile.wording import count
 
 CLOSE = 1.02
 """An iteration that takes no more than this many times its floor is limited by what the floor is made of."""
@@ -100,21 +101,14 @@ def _predicted(simulation: Simulation, machine: Machine) -> Iterator[Figure]:
 
 def _measured(machine: Machine | None, simulation: Simulation | None, recording: Recording) -> Iterator[Figure]:
     index = typical_iteration(recording)
-    durations_us = [
-        end_us - start_us
-        for start_us, end_us in zip(recording.iteration_starts_us, recording.iteration_ends_us, strict=True)
-    ]
-    us = durations_us[index]
+    us = recording.durations_us[index]
     beside = f", {us / simulation.iteration_us:.2f} x predicted" if simulation and simulation.iteration_us else ""
-    yield _time("measured iteration", us, f"median of {len(durations_us)}{beside}")
+    yield _time("measured iteration", us, f"median of {len(recording.durations_us)}{beside}")
     if simulation is not None and simulation.bound_us:
         times = us / simulation.bound_us
         yield Figure("measured / floor", times, f"{times:.3f} x", f"the floor is {format_time(simulation.bound_us)}")
-    page_bytes = {page.name: page.nbytes for page in recording.plan.pages}
-    copies = [span for span in recording.spans if span.lane == "H2D" and span.label in page_bytes]
-    busy_us = sum(span.end_us - span.start_us for span in copies)
-    if busy_us:
-        rate = sum(page_bytes[span.label] for span in copies) / busy_us * 1e6
+    rate = recording.link_bytes_per_s
+    if rate is not None:
         part = f"{rate / machine.h2d_bytes_per_s:.0%} of {format_rate(machine.h2d_bytes_per_s)}" if machine else ""
         yield Figure("link rate", rate, format_rate(rate), f"reached while copies ran; {part}" if part else "")
     moved_bytes = int(median(recording.moved_bytes)) if recording.moved_bytes else 0

@@ -43,27 +43,15 @@ def measured_lanes(plan: Plan, rows: RowIndex, recording: Recording) -> Lanes:
     """What happened in one recorded iteration."""
     index = typical_iteration(recording)
     starts_us, ends_us = recording.iteration_starts_us, recording.iteration_ends_us
-    stalls = [(index, stall) for stall in stalls_of(recording, index)]
+    stalls = [(index, stall) for stall in recording.stalls_of(index)]
     return _timed_lanes("measured", plan, rows, recording.spans, stalls, starts_us, ends_us, range(index, index + 1))
 
 
 def typical_iteration(recording: Recording) -> int:
     """The recorded iteration whose length is the median."""
-    durations_us = [
-        end_us - start_us
-        for start_us, end_us in zip(recording.iteration_starts_us, recording.iteration_ends_us, strict=True)
-    ]
+    durations_us = recording.durations_us
     order = sorted(range(len(durations_us)), key=lambda index: (durations_us[index], index))
     return order[(len(order) - 1) // 2]
-
-
-def stalls_of(recording: Recording, index: int) -> Iterator[Stall]:
-    """The stalls of one recorded iteration."""
-    start_us = recording.iteration_starts_us[index]
-    following_us = [*recording.iteration_starts_us, float("inf")][index + 1]
-    for stall in recording.stalls:
-        if start_us <= stall.start_us < following_us:
-            yield stall
 
 
 def planned_lanes(plan: Plan, rows: RowIndex) -> Lanes:

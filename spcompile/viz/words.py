@@ -85,11 +85,6 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.3g} MB/s"
 
 
-def count(number: int, one: str, many: str | None = None) -> str:
-    """``"1 page"``, ``"2 pages"``."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
 def weights_sentence(plan: Plan) -> str:
     """What the plan is for: so many bytes of weights in so many bytes of device memory."""
     weights, peak = format_bytes(plan.weights_bytes), format_bytes(plan.peak_bytes())
