@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from spcompile.ir import Plan
+from spcompile.ir import Plan, Slot
 from spcompile.lanes import Recording, Span, Stall
 from spcompile.runtime.arena import Tenant
 from spcompile.runtime.streams import Streams
@@ -65,9 +65,18 @@ class _Run:
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of a page. ``released``: events of the last readers of what it overwrites."""
+    """A copy of a page.
+
+    Attributes:
+        page: its name.
+        begun: event at the begin of the run that issued it; None for a run that is not kept.
+        released: events of the last readers of what it overwrites, also those that a copy before it has waited for.
+        started, ready: events before and behind it.
+        is_read: whether a run that is kept has loaded it.
+    """
 
     page: str
+    begun: Any
     released: Sequence[Any]
     started: Any
     ready: Any = None
@@ -88,6 +97,7 @@ class Recorder:
         self._runs: list[_Run] = []
         self._copies: dict[Tenant, _Copy] = {}
         self._order: list[_Copy] = []
+        self._released: dict[tuple[int, int], Tenant] = {}  # by range of the arena: who was evicted from it last
         self._open: _Run | None = None
         self._record = streams.compute_record
         streams.synchronize()
@@ -109,9 +119,16 @@ class Recorder:
         """The graph has been issued."""
         self._open = None
 
-    def copying(self, page: str, nbytes: int, released: Sequence[Any]) -> Any:
-        """The copy of a page comes next on its stream; returns what `copied` is to be told."""
-        copy = _Copy(page, released, self._streams.side_record())
+    def evicted(self, tenant: Tenant) -> None:
+        """The last reader of a page has been issued."""
+        self._released[tenant.offset_bytes, tenant.nbytes] = tenant
+
+    def copying(self, page: str, nbytes: int, slot: Slot) -> Any:
+        """The copy of a page into a slot comes next on its stream; returns what `copied` is to be told."""
+        last = self._released.values()
+        released = [each.released for each in last if each.overlaps(slot.offset_bytes, slot.nbytes)]
+        begun = None if self._open is None else self._open.marks[0].event
+        copy = _Copy(page, begun, released, self._streams.side_record())
         if self._open is not None:
             self._open.moved_bytes += nbytes
         return copy
@@ -182,9 +199,10 @@ class Recorder:
         last_us = 0.0
         for copy in self._order:
             started_us = self._us(copy.started)
-            free_us = max((self._us(event) for event in copy.released), default=0.0)
+            begun_us = 0.0 if copy.begun is None else self._us(copy.begun)
+            free_us = max((begun_us, *map(self._us, copy.released)))
             if first is None or started_us - last_us > CONTIGUOUS_US:
-                first = started_us, "room" if started_us - free_us <= CONTIGUOUS_US else "late"
+                first = started_us, "room" if free_us > begun_us else "late"
                 causes[copy] = first[1]
             else:
                 causes[copy] = "link" if first[0] <= free_us else first[1]

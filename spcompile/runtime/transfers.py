@@ -204,6 +204,9 @@ class Transfers(torch.nn.Module):
         arena.streams.freed(arena.memory[tenant.offset_bytes : tenant.offset_bytes + tenant.nbytes])
         tenant.released = arena.streams.compute_record()
         tenant.held = False
+        recorder = self.store.recorder
+        if recorder is not None:
+            recorder.evicted(tenant)
         self.note("evict", tenant.page, self.plan.intervals[interval].slots[self.phase])
 
     def send(self, step: int, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -263,12 +266,11 @@ class Transfers(torch.nn.Module):
         self.note(why, page.name, slot_index, "copy" if tenant is None else "hit")
         if tenant is not None:
             return tenant
-        released = arena.claim(slot.offset_bytes, slot.nbytes)
-        for event in released:
+        for event in arena.claim(slot.offset_bytes, slot.nbytes):
             arena.streams.side_wait(event)
         self._wait_for_compute()
         recorder = store.recorder
-        copy = None if recorder is None else recorder.copying(page.name, page.nbytes, released)
+        copy = None if recorder is None else recorder.copying(page.name, page.nbytes, slot)
         for offset_bytes, source in store.pieces(page):
             start = slot.offset_bytes + offset_bytes
             arena.streams.side_copy(arena.memory[start : start + source.numel()], source)
