@@ -8,6 +8,7 @@ that input's example is the model's own parameter, and its storage is the weight
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -27,6 +28,7 @@ from spcompile.ir import Machine, Page, Weight
 from spcompile.joint import gradients_of
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
 from spcompile.options import Options
+from spcompile.outline import LayoutError, Outline, outline_layers
 from spcompile.partition import partition
 from spcompile.passes.base import Program, WeightInput
 from spcompile.passes.pages import LEFTOVER_FRACTION
@@ -103,12 +105,13 @@ class Capture:
         In training it first makes both graphs, for ``plan_training``; the backward graph comes to ``compile_graph`` at
         the first ``.backward()``.
         """
+        table = self._decompositions()
         aot = aot_autograd(
             fw_compiler=lambda module, _inputs: compile_graph(module, Kind.FORWARD),
             bw_compiler=lambda module, _inputs: compile_graph(module, Kind.BACKWARD),
             inference_compiler=lambda module, _inputs: compile_graph(module, Kind.INFERENCE),
             partition_fn=partition(self.options.compiler, self.is_weight, plan_training, self.for_cuda),
-            decompositions=self._decompositions(),
+            decompositions=table,
             keep_inference_input_mutations=True,
         )
         fake_mode = detect_fake_mode(self.traced_inputs)
@@ -116,8 +119,44 @@ class Capture:
         # Donated buffers are those that backward may write over; `retain_graph` is refused where there are any.
         no_donation = torch._functorch.config.patch(donated_buffer=False)
         with V.set_fake_mode(fake_mode), tracing(tracing_context), no_donation:
+            outline = self._outline(table)
+            if outline is not None:
+                with contextlib.suppress(LayoutError):
+                    return self._trace_outlined(outline, compile_graph, table)
             compiled: Callable[..., Any] = aot(self.gm, self.traced_inputs)
             return compiled
+
+    def _outline(self, table: Table) -> Outline | None:
+        """What of the graph need not be traced more than once: layers of which no gradient is wanted."""
+        setting = self.gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+        is_grad_enabled = torch.is_grad_enabled() or any(node.args[0] for node in setting)
+        if is_grad_enabled and any(isinstance(each, Tensor) and each.requires_grad for each in self.example_inputs):
+            return None
+        named = ((each.path, each.weight.nbytes) for each in self.weights.values() if each.path)
+        is_moved = self.traced_inputs is not self.example_inputs
+        device = next((each.device for each in self.traced_inputs if isinstance(each, Tensor)), None)
+
+        def trace(layer: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+            traced: list[fx.GraphModule] = []
+
+            def keep(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+                traced.append(module)
+                return module.forward
+
+            with tracing(TracingContext(detect_fake_mode(inputs))):
+                _aot_for_inference(keep, table)(layer, inputs)
+            return traced[0]
+
+        return outline_layers(self.gm, find_layer_paths(named), device if is_moved else None, trace)
+
+    def _trace_outlined(self, outline: Outline, compile_graph: GraphCompiler, table: Table) -> Callable[..., Any]:
+        def compile_inlined(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+            outline.inline(module)
+            return compile_graph(module, Kind.INFERENCE)
+
+        with outline.in_place():
+            compiled: Callable[..., Any] = _aot_for_inference(compile_inlined, table)(self.gm, self.traced_inputs)
+        return compiled
 
     def _decompositions(self) -> Table:
         if self.options.compiler == "eager":
@@ -212,6 +251,16 @@ class Capture:
         torch._C._cuda_clearCublasWorkspaces()
         model_bytes = sum(held.values()) + (store.device_bytes() if store is not None else 0)
         return max(0, torch.cuda.memory_allocated(device) - model_bytes)
+
+
+def _aot_for_inference(compiler: Callable[..., Any], table: Table) -> Callable[..., Any]:
+    aot: Callable[..., Any] = aot_autograd(
+        fw_compiler=compiler,
+        inference_compiler=compiler,
+        decompositions=table,
+        keep_inference_input_mutations=True,
+    )
+    return aot
 
 
 def find_machine_for(device: torch.device, options: Options) -> Machine:

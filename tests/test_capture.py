@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile import backend, dry_run
+from spcompile.collector import CollectorPause
 from spcompile.passes.base import Program
 from spcompile.pipeline import run_passes
 
@@ -82,3 +84,28 @@ def test_the_collector_goes_on_after_a_compilation_that_failed() -> None:
     with pytest.raises(ValueError, match="unknown option"):
         compiled({"kk": 1})
     assert gc.isenabled()
+
+
+def test_what_was_made_while_the_collector_paused_is_gone_through_once() -> None:
+    """Garbage is freed; what stays counts as old, and what the user has frozen stays frozen."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    gc.collect()
+    with CollectorPause():
+        lost = weakref.ref(Cycle())
+        kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    assert lost() is None
+    young = {id(each) for each in gc.get_objects(generation=0)}
+    assert not any(id(each) in young for each in kept)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with CollectorPause():
+            pass
+        assert gc.get_freeze_count() >= frozen > 0
+    finally:
+        gc.unfreeze()
