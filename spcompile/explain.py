@@ -29,7 +29,7 @@ import torch
 
 from spcompile.errors import OptionError
 from spcompile.ir import Machine, Plan
-from spcompile.lanes import Recording, Stall
+from spcompile.lanes import CAUSES, Recording, Stall
 from spcompile.planner.choose import TradeoffPoint
 from spcompile.planner.simulate import Simulation, predict_iteration_us, simulate
 from spcompile.planning import plans_in_force
@@ -39,6 +39,7 @@ from spcompile.runtime.streams import EmulatedStreams
 from spcompile.text import format_bytes
 from spcompile.viz import visualize
 from spcompile.viz.picture import Picture
+from spcompile.wording import format_us
 
 WORTHWHILE = 0.03
 """A change that saves less than this part of an iteration is not proposed: the next recording may differ by as much."""
@@ -51,13 +52,6 @@ MOSTLY = 0.9
 
 SHOWN_STALLS = 8
 """Stalls that the text lists, the longest first."""
-
-CAUSES = {
-    "link": "the link is busy with earlier pages",
-    "room": "no slot is free yet for the page",
-    "late": "the copy could not start before the iteration did",
-    "gradients": "gradients have not left the device yet",
-}
 
 
 @contextmanager
@@ -154,8 +148,8 @@ class Advice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one plan does: predicted, and measured where there is a recording. Times are of one iteration, the median
-    of those that were recorded behind the first one.
+    """What one plan does: predicted, and measured where there is a recording. What is measured is of its typical
+    iteration (`Recording.typical`).
 
     Attributes:
         plan: as it is in force.
@@ -178,41 +172,29 @@ class Explanation:
         """Whether there are measured times that mean something."""
         return self.recording is not None and not self.recording.is_emulated
 
-    @cached_property
-    def iterations(self) -> range:
-        """Those that count: all behind the first one, which found its pages there; that one where there is no other."""
-        count = 0 if self.recording is None else len(self.recording.iteration_ends_us)
-        return range(min(1, max(0, count - 1)), count)
-
-    @cached_property
+    @property
     def iteration_us(self) -> float:
-        """From its begin until the last step has run and its gradients are in host memory."""
-        return self._median([self._recorded.durations_us[each] for each in self.iterations])
+        """See `Recording.iteration_us`."""
+        return self._recorded.iteration_us
 
     def busy_us(self, lane: str) -> float:
-        """How long a lane (``"compute"``, ``"H2D"``, ``"D2H"``) works in an iteration."""
-        busy: defaultdict[int, float] = defaultdict(float)
-        for span in self._recorded.spans:
-            if span.lane == lane:
-                busy[span.iteration] += span.end_us - span.start_us
-        return self._median([busy[each] for each in self.iterations])
+        """See `Recording.busy_us`."""
+        return self._recorded.busy_us(lane)
 
-    @cached_property
+    @property
     def floor_us(self) -> float:
-        """No schedule of the same copies and steps takes less, at the rates that were reached."""
-        return max(self.busy_us("compute"), self.busy_us("H2D"), self.busy_us("D2H"))
+        """See `Recording.floor_us`."""
+        return self._recorded.floor_us
 
-    @cached_property
+    @property
     def link_bytes_per_s(self) -> float | None:
-        """Rate of the copies to the device while they ran; None where there were none."""
+        """See `Recording.link_bytes_per_s`."""
         return self._recorded.link_bytes_per_s
 
     @cached_property
     def stalls(self) -> tuple[Stall, ...]:
-        """Those of an iteration of median length, in order."""
-        durations_us = self._recorded.durations_us
-        typical = min(self.iterations, key=lambda each: abs(durations_us[each] - self.iteration_us))
-        return self._recorded.stalls_of(typical)
+        """Those of the typical iteration, in order."""
+        return self._recorded.stalls_of(self._recorded.typical)
 
     @cached_property
     def limited_by(self) -> str:
@@ -264,7 +246,7 @@ class Explanation:
         """The plan on this machine, with the times of its steps as they were measured."""
         times: dict[int, list[float]] = {}
         for span in self._recorded.spans:
-            if span.lane == "compute" and span.iteration in self.iterations:
+            if span.lane == "compute" and span.iteration in self._recorded.counted:
                 times.setdefault(span.step, []).append(span.end_us - span.start_us)
         steps = []
         for index, step in enumerate(self.plan.steps):
@@ -291,10 +273,6 @@ class Explanation:
             raise OptionError("nothing was recorded: run the model inside `with spcompile.record(model):`")
         return self.recording
 
-    @staticmethod
-    def _median(values: list[float]) -> float:
-        return statistics.median(values) if values else 0.0
-
     def visualize(self, path: str | Path | None = None) -> Picture:
         """The plan's picture, with the measured lanes beside the predicted ones where there are any; see
         `Plan.visualize`."""
@@ -319,17 +297,17 @@ def _lines(each: Explanation) -> Iterator[str]:
     if recording is None:
         yield f"Not recorded: run the model inside `with spcompile.record(model):` to see what it does on {plan.device}"
         if each.predicted is not None:
-            yield f"  predicted   {_ms(each.predicted.iteration_us)} an iteration, {format_bytes(plan.peak_bytes())}"
+            times = format_us(each.predicted.iteration_us)
+            yield f"  predicted   {times} an iteration, {format_bytes(plan.peak_bytes())}"
     elif recording.is_emulated:
         yield f"Recorded on the emulated device, {len(recording.moved_bytes)} iterations: bytes count, times do not"
     else:
-        yield from _timed_lines(each)
+        yield from _timed_lines(each, recording)
     if recording is not None:
-        moved = statistics.median(recording.moved_bytes[each.iterations.start :] or (0,))
-        yield f"  moved       {format_bytes(int(moved))} an iteration (plan: {format_bytes(plan.bytes_moved)})"
+        moved_bytes, sent_bytes = recording.moved_bytes[recording.typical], recording.sent_bytes[recording.typical]
+        yield f"  moved       {format_bytes(moved_bytes)} an iteration (plan: {format_bytes(plan.bytes_moved)})"
         if plan.gradients_bytes:
-            sent = statistics.median(recording.sent_bytes[each.iterations.start :] or (0,))
-            yield f"  sent        {format_bytes(int(sent))} an iteration (plan: {format_bytes(plan.gradients_bytes)})"
+            yield f"  sent        {format_bytes(sent_bytes)} an iteration (plan: {format_bytes(plan.gradients_bytes)})"
         if recording.peak_bytes is not None:
             yield f"  peak        {format_bytes(recording.peak_bytes)} (plan: {format_bytes(plan.peak_bytes())})"
     yield f"  recompiles  {each.recompiles}"
@@ -337,28 +315,29 @@ def _lines(each: Explanation) -> Iterator[str]:
         yield from _stall_lines(each)
 
 
-def _timed_lines(each: Explanation) -> Iterator[str]:
+def _timed_lines(each: Explanation, recording: Recording) -> Iterator[str]:
     predicted, whole_us = each.predicted, each.iteration_us
-    beside = f", predicted {_ms(predicted.iteration_us)}" if predicted is not None else ""
-    yield f"Measured on {each.plan.device}, {len(each.iterations)} iterations: {_ms(whole_us)} each{beside}"
+    beside = f", predicted {format_us(predicted.iteration_us)}" if predicted is not None else ""
+    yield f"Measured on {each.plan.device}, {len(recording.counted)} iterations: {format_us(whole_us)} each{beside}"
     known = (predicted.compute_us, predicted.link_us, predicted.down_us) if predicted is not None else (None,) * 3
     for lane, expected_us in zip(("compute", "H2D", "D2H"), known, strict=True):
         busy_us = each.busy_us(lane)
         if not busy_us:
             continue
         rate = f", {each.link_bytes_per_s / 1e9:.1f} GB/s" if lane == "H2D" and each.link_bytes_per_s else ""
-        beside = f", predicted {_ms(expected_us)}" if expected_us is not None else ""
-        yield f"  {lane:<10}  {_ms(busy_us)} busy ({busy_us / whole_us:.0%}{rate}{beside})"
+        beside = f", predicted {format_us(expected_us)}" if expected_us is not None else ""
+        yield f"  {lane:<10}  {format_us(busy_us)} busy ({busy_us / whole_us:.0%}{rate}{beside})"
     if whole_us:
-        yield f"  floor       {_ms(each.floor_us)}: the iteration takes {whole_us / each.floor_us:.3f} times as long"
+        times = whole_us / each.floor_us
+        yield f"  floor       {format_us(each.floor_us)}: the iteration takes {times:.3f} times as long"
 
 
 def _stall_lines(each: Explanation) -> Iterator[str]:
     waited_us = sum(stall.us for stall in each.stalls)
-    yield f"  stalls      {_ms(waited_us)} in {len(each.stalls)} waits"
+    yield f"  stalls      {format_us(waited_us)} in {len(each.stalls)} waits"
     for stall in sorted(each.stalls, key=lambda stall: -stall.us)[:SHOWN_STALLS]:
         where = each.plan.steps[stall.step].segment if stall.step < len(each.plan.steps) else "the end"
-        yield f"    {_ms(stall.us)} before {where}, for {stall.page}: {CAUSES[stall.cause]}"
+        yield f"    {format_us(stall.us)} before {where}, for {stall.page}: {CAUSES[stall.cause]}"
     yield from each.conclusions
 
 
@@ -366,7 +345,3 @@ def _as_budget(nbytes: int) -> str:
     """What to give as a budget: never less than ``nbytes``."""
     gib = math.ceil(nbytes / 2**30 * 100) / 100
     return f"{gib:.2f}GiB" if gib >= 1 else f"{math.ceil(nbytes / 2**20)}MiB"
-
-
-def _ms(us: float) -> str:
-    return f"{us / 1e3:.2f} ms"

@@ -7,6 +7,7 @@ in the same words, so that pictures and explanations can put one beside the othe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from spcompile.ir import Plan
 
@@ -30,6 +31,15 @@ class Span:
     iteration: int
     start_us: float
     end_us: float
+
+
+CAUSES = {
+    "link": "earlier copies keep the link busy",
+    "room": "its slot comes free too late",
+    "late": "nothing copies it before the iteration begins",
+    "gradients": "gradients have not left the device yet",
+}
+"""What the causes of a `Stall` mean, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,40 @@ class Recording:
     peak_bytes: int | None
     is_emulated: bool
 
-    @property
+    @cached_property
     def durations_us(self) -> tuple[float, ...]:
         """How long each iteration took, from its begin to its end."""
         pairs = zip(self.iteration_starts_us, self.iteration_ends_us, strict=True)
         return tuple(end_us - start_us for start_us, end_us in pairs)
+
+    @property
+    def counted(self) -> range:
+        """The iterations that count: all behind the first, which began with nothing on its way; it alone if there is no
+        other."""
+        count = len(self.iteration_ends_us)
+        return range(min(1, count - 1), count)
+
+    @cached_property
+    def typical(self) -> int:
+        """The iteration that stands for all: of those that count, the one of median length."""
+        order = sorted(self.counted, key=lambda index: (self.durations_us[index], index))
+        return order[(len(order) - 1) // 2]
+
+    @property
+    def iteration_us(self) -> float:
+        """How long the typical iteration took, from its begin until the last step has run and its gradients are in host
+        memory."""
+        return self.durations_us[self.typical]
+
+    def busy_us(self, lane: str) -> float:
+        """How long a lane (``"compute"``, ``"H2D"``, ``"D2H"``) worked for the typical iteration."""
+        spans = (span for span in self.spans if span.lane == lane and span.iteration == self.typical)
+        return sum(span.end_us - span.start_us for span in spans)
+
+    @property
+    def floor_us(self) -> float:
+        """No schedule of the same copies and steps takes less, at the rates that were reached."""
+        return max(map(self.busy_us, ("compute", "H2D", "D2H")))
 
     def stalls_of(self, iteration: int) -> tuple[Stall, ...]:
         """The stalls of one iteration, in order."""

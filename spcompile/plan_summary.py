@@ -10,18 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from spcompile.ir import Plan, Plans
-from spcompile.lanes import Stall
+from spcompile.lanes import CAUSES, Stall
 from spcompile.planner.simulate import Simulation, simulate
 from spcompile.text import format_bytes, format_overview
 from spcompile.verify.plans import verify_plan
 from spcompile.wording import count, fit, format_us, wrap
-
-CAUSES = {
-    "link": "earlier copies keep the link busy",
-    "room": "its slot comes free too late",
-    "late": "nothing copies it before the iteration begins",
-}
-"""What the causes of a `Stall` for a page mean, in a few words."""
 
 
 def summarize(plan: Plan) -> str:

@@ -33,12 +33,18 @@ def format_bytes(nbytes: int) -> str:
 
 
 def format_us(us: float) -> str:
-    """A time for people: ``"12.3 us"``, ``"4.56 ms"``, ``"1.23 s"``."""
-    if abs(us) < 999.95:
-        return f"{us:.1f} us"
-    if abs(us) < 999_995:
-        return f"{us / 1e3:.2f} ms"
-    return f"{us / 1e6:.2f} s"
+    """A time for people, three digits or more: ``"245 ms"``, ``"1.20 s"``, ``"35.2 us"``."""
+    for unit, scale in (("us", 1.0), ("ms", 1e3)):
+        if abs(us) < 999.5 * scale:
+            return f"{_digits(us / scale)} {unit}"
+    return f"{_digits(us / 1e6)} s"
+
+
+def _digits(number: float) -> str:
+    if number == 0:
+        return "0"
+    whole = len(str(int(abs(number)))) if abs(number) >= 1 else 0
+    return f"{number:,.{max(0, 3 - max(1, whole))}f}"
 
 
 def count(number: int, one: str, many: str | None = None) -> str:

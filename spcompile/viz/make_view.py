@@ -24,7 +24,6 @@ from spcompile.viz.show_lanes import (
     planned_lanes,
     predicted_lanes,
     shown_iterations,
-    typical_iteration,
 )
 from spcompile.viz.show_memory import planned_stays, show_memory, simulated_stays
 from spcompile.viz.view import Lanes, View, Work
@@ -102,7 +101,7 @@ def _simulated(plan: Plan, rows: RowIndex, machine: Machine, recording: Recordin
 
 
 def _measured_work(rows: RowIndex, recording: Recording) -> list[Work]:
-    index = typical_iteration(recording)
+    index = recording.typical
     return work_of(rows, recording.spans, recording.stalls_of(index), index)
 
 

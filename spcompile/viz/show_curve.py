@@ -12,8 +12,7 @@ from spcompile.ir import Machine, Plan
 from spcompile.planner.simulate import ROUNDING, predict_iteration_us
 from spcompile.text import format_bytes
 from spcompile.viz.view import CurvePoint
-from spcompile.viz.words import format_time
-from spcompile.wording import count
+from spcompile.wording import count, format_us
 
 
 def show_curve(plan: Plan, machine: Machine, iteration_us: float) -> tuple[CurvePoint, ...]:
@@ -36,9 +35,9 @@ def describe(plan: Plan, iteration_us: float, counted_us: float | None = None) -
         iteration_us: as predicted.
         counted_us: more than that where no copy has anything to hide behind, see `TradeoffPoint`.
     """
-    times = f"{format_time(iteration_us)} per iteration"
+    times = f"{format_us(iteration_us)} per iteration"
     if counted_us is not None and counted_us > iteration_us * (1 + ROUNDING):
-        times += f", counted as {format_time(counted_us)}, as no copy overlaps with compute"
+        times += f", counted as {format_us(counted_us)}, as no copy overlaps with compute"
     return (
         f"{format_bytes(plan.peak_bytes())} of device memory: {times}. "
         f"{', '.join(_placed(plan))}; {format_bytes(plan.bytes_moved)} are copied to the device per iteration."

@@ -1,22 +1,21 @@
 """The figures at the head of a picture, and the sentence that says what they come to.
 
-Each figure is exact (``value``) beside its text. The floor is `Simulation.bound_us`: the longest of compute, copies to
-the device and copies from it, which no schedule with these copies can beat.
+Each figure is exact (``value``) beside its text. The floor is `Simulation.bound_us`, of what was measured
+`Recording.floor_us`: the longest of compute, copies to the device and copies from it, which no schedule with these
+copies can beat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import median
 
 from spcompile.ir import Machine, Plan
 from spcompile.lanes import Recording
 from spcompile.planner.simulate import Simulation
 from spcompile.text import format_bytes
-from spcompile.viz.show_lanes import typical_iteration
 from spcompile.viz.view import Figure
-from spcompile.viz.words import format_rate, format_time, weights_sentence
-from spcompile.wording import count
+from spcompile.viz.words import format_rate, weights_sentence
+from spcompile.wording import count, format_us
 
 CLOSE = 1.02
 """An iteration that takes no more than this many times its floor is limited by what the floor is made of."""
@@ -28,7 +27,7 @@ def summary(plan: Plan, simulation: Simulation | None) -> str:
     if plan.budget_bytes is not None and plan.peak_bytes() > plan.budget_bytes:
         sentences.append(f"That is more than the budget of {format_bytes(plan.budget_bytes)}.")
     if simulation is not None:
-        predicted = f"An iteration is predicted to take {format_time(simulation.iteration_us)}"
+        predicted = f"An iteration is predicted to take {format_us(simulation.iteration_us)}"
         sentences.append(f"{predicted}, {limit(simulation)}")
     if not plan.has_transfers:
         sentences.append("Nothing is streamed.")
@@ -43,10 +42,10 @@ def limit(simulation: Simulation) -> str:
         "the way of gradients to host memory": simulation.down_us,
     }
     name = max(parts, key=lambda part: parts[part])
-    floor_us = format_time(parts[name])
+    floor_us = format_us(parts[name])
     if simulation.iteration_us > CLOSE * simulation.bound_us:
         return f"of which {name} alone takes {floor_us}; the rest is waiting."
-    rest = [f"{part} takes {format_time(us)}" for part, us in parts.items() if part != name and us]
+    rest = [f"{part} takes {format_us(us)}" for part, us in parts.items() if part != name and us]
     return f"limited by {name}" + (f" ({', '.join(rest)})." if rest else ".")
 
 
@@ -100,19 +99,17 @@ def _predicted(simulation: Simulation, machine: Machine) -> Iterator[Figure]:
 
 
 def _measured(machine: Machine | None, simulation: Simulation | None, recording: Recording) -> Iterator[Figure]:
-    index = typical_iteration(recording)
-    us = recording.durations_us[index]
+    us, floor_us = recording.iteration_us, recording.floor_us
     beside = f", {us / simulation.iteration_us:.2f} x predicted" if simulation and simulation.iteration_us else ""
-    yield _time("measured iteration", us, f"median of {len(recording.durations_us)}{beside}")
-    if simulation is not None and simulation.bound_us:
-        times = us / simulation.bound_us
-        yield Figure("measured / floor", times, f"{times:.3f} x", f"the floor is {format_time(simulation.bound_us)}")
+    yield _time("measured iteration", us, f"median of {len(recording.counted)}{beside}")
+    if floor_us:
+        times = us / floor_us
+        yield Figure("measured / floor", times, f"{times:.3f} x", f"the floor is {format_us(floor_us)}, as measured")
     rate = recording.link_bytes_per_s
     if rate is not None:
         part = f"{rate / machine.h2d_bytes_per_s:.0%} of {format_rate(machine.h2d_bytes_per_s)}" if machine else ""
         yield Figure("link rate", rate, format_rate(rate), f"reached while copies ran; {part}" if part else "")
-    moved_bytes = int(median(recording.moved_bytes)) if recording.moved_bytes else 0
-    yield _bytes("measured moved", moved_bytes, "to the device per iteration")
+    yield _bytes("measured moved", recording.moved_bytes[recording.typical], "to the device per iteration")
     if recording.peak_bytes is not None:
         yield _bytes("measured peak", recording.peak_bytes, "as torch counts it")
 
@@ -126,4 +123,4 @@ def _bytes(name: str, nbytes: int, note: str) -> Figure:
 
 
 def _time(name: str, us: float, note: str) -> Figure:
-    return Figure(name, us, format_time(us), note)
+    return Figure(name, us, format_us(us), note)

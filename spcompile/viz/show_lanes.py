@@ -1,7 +1,7 @@
 """The lanes of a picture: from a simulation, from a recording, or from the plan alone where nothing has a time.
 
 How: all three come down to bars with a start and an end. A simulation shows the last iteration before its last period
-ends, and the one before it where iterations reach into each other; a recording shows the iteration of median length.
+ends, and the one before it where iterations reach into each other; a recording shows its typical iteration.
 Both begin at 0, so that one can be compared with the other.
 
 The odd case: a plan with no known times has no order of copies to show. There a page's stay in its slot is a bar, from
@@ -41,17 +41,10 @@ def predicted_lanes(plan: Plan, rows: RowIndex, simulation: Simulation, shown: r
 
 def measured_lanes(plan: Plan, rows: RowIndex, recording: Recording) -> Lanes:
     """What happened in one recorded iteration."""
-    index = typical_iteration(recording)
+    index = recording.typical
     starts_us, ends_us = recording.iteration_starts_us, recording.iteration_ends_us
     stalls = [(index, stall) for stall in recording.stalls_of(index)]
     return _timed_lanes("measured", plan, rows, recording.spans, stalls, starts_us, ends_us, range(index, index + 1))
-
-
-def typical_iteration(recording: Recording) -> int:
-    """The recorded iteration whose length is the median."""
-    durations_us = recording.durations_us
-    order = sorted(range(len(durations_us)), key=lambda index: (durations_us[index], index))
-    return order[(len(order) - 1) // 2]
 
 
 def planned_lanes(plan: Plan, rows: RowIndex) -> Lanes:

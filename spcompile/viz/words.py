@@ -65,21 +65,6 @@ def used_causes(causes: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple((cause, meaning) for cause, meaning in CAUSES.items() if cause in found)
 
 
-def format_time(us: float) -> str:
-    """A time for people, three digits or more: ``"245 ms"``, ``"1.20 s"``, ``"35.2 us"``."""
-    for unit, scale in (("us", 1.0), ("ms", 1e3)):
-        if abs(us) < 999.5 * scale:
-            return f"{_digits(us / scale)} {unit}"
-    return f"{_digits(us / 1e6)} s"
-
-
-def _digits(number: float) -> str:
-    if number == 0:
-        return "0"
-    whole = len(str(int(abs(number)))) if abs(number) >= 1 else 0
-    return f"{number:,.{max(0, 3 - max(1, whole))}f}"
-
-
 def format_rate(bytes_per_s: float) -> str:
     """A rate for people, in units of ten as links are sold: ``"54.0 GB/s"``."""
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.3g} MB/s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,16 +60,6 @@ class Stack(nn.Module):
             x = block(x)
         y: Tensor = self.head(x)
         return y
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    torch._dynamo.reset()
 
 
 def make(device: str, dropout: float = 0.0) -> tuple[nn.Module, nn.Module, Tensor]:

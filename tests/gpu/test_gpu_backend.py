@@ -8,8 +8,6 @@ hides; taking one wait away must then give wrong results, or the test could not 
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -60,16 +58,6 @@ class Stack(nn.Module):
             x = block(x)
         y: Tensor = self.head(x)
         return y
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def make() -> tuple[nn.Module, nn.Module, Tensor]:

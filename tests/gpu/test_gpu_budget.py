@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,15 +36,6 @@ class Block(nn.Module):
         y = self.norm(x)
         z: Tensor = x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
         return z
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    torch._dynamo.reset()
 
 
 def make() -> tuple[nn.Module, Tensor]:

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,6 @@ import sys
 from tests.gpu.test_gpu_planning import print_absent
 print_absent(sys.argv[1:])
 """
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def described(name: str, dtype: str, grad: bool, device: str) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -37,16 +36,6 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = x + layer(x).view(*x.shape, 2).sum(-1)
         return x
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def record(*, grad: bool = False, **options: Any) -> tuple[Recording, Explanation, list[Tensor], Tensor]:

@@ -67,14 +67,11 @@ class Stack(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.use_deterministic_algorithms(True)  # the gradient of an embedding is a sum in any order otherwise
+def deterministic() -> Iterator[None]:
+    """The gradient of an embedding is a sum in any order otherwise."""
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def build(dropout: float = 0.0) -> Stack:

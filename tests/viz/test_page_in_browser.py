@@ -20,7 +20,7 @@ from spcompile.ir import Plan, Plans, Step
 from spcompile.planner.simulate import simulate
 from spcompile.text import format_bytes
 from spcompile.viz.show_figures import summary
-from spcompile.viz.words import format_time
+from spcompile.wording import format_us
 from tests.hand_plans import PLANS
 from tests.viz.browsing import NARROW, WIDE, Opened, installed_browser, opened
 from tests.viz.recordings import recording_of
@@ -122,10 +122,10 @@ def test_figures_are_those_of_the_plan(browser: Browser, large: Path) -> None:
         "peak memory": (LARGE.peak_bytes(), format_bytes(LARGE.peak_bytes())),
         "budget": (LARGE.peak_bytes() + 100, format_bytes(LARGE.peak_bytes() + 100)),
         "weights": (LARGE.weights_bytes, format_bytes(LARGE.weights_bytes)),
-        "iteration": (simulation.iteration_us, format_time(simulation.iteration_us)),
-        "compute": (simulation.compute_us, format_time(simulation.compute_us)),
-        "copies": (simulation.link_us, format_time(simulation.link_us)),
-        "sends": (simulation.down_us, format_time(simulation.down_us)),
+        "iteration": (simulation.iteration_us, format_us(simulation.iteration_us)),
+        "compute": (simulation.compute_us, format_us(simulation.compute_us)),
+        "copies": (simulation.link_us, format_us(simulation.link_us)),
+        "sends": (simulation.down_us, format_us(simulation.down_us)),
         "moved": (LARGE.bytes_moved, format_bytes(LARGE.bytes_moved)),
         "gradients": (LARGE.gradients_bytes, format_bytes(LARGE.gradients_bytes)),
     }
@@ -136,7 +136,7 @@ def test_figures_are_those_of_the_plan(browser: Browser, large: Path) -> None:
         assert {name: (values[name], texts[name]) for name in expected} == expected
         foot = page.ask("[...document.querySelectorAll('.layers tfoot td')].map(cell => cell.textContent)")
         assert foot[1] == format_bytes(LARGE.weights_bytes)
-        assert foot[3:5] == [format_time(simulation.compute_us), format_time(simulation.link_us)]
+        assert foot[3:5] == [format_us(simulation.compute_us), format_us(simulation.link_us)]
         assert page.page.locator("#summary").text_content() == summary(LARGE, simulation)
         starts = [bar["start"] for bar in view_in(page)["lanes"][0]["bars"] if bar["lane"] == "compute"]
         first_us = simulation.iteration_starts_us[simulation.typical]
@@ -156,7 +156,7 @@ def test_numbers_are_written_as_in_python(browser: Browser, small: Path) -> None
             }}""",
             [times, nbytes],
         )
-        assert found == [[format_time(us) for us in times], [format_bytes(each) for each in nbytes]]
+        assert found == [[format_us(us) for us in times], [format_bytes(each) for each in nbytes]]
 
 
 def test_pointing_at_a_bar_shows_it_everywhere(browser: Browser, small: Path) -> None:
