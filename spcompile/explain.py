@@ -256,16 +256,30 @@ class Explanation:
             steps.append(replace(step, compute_us=max(0.0, measured_us - in_place_us)))
         return replace(self.plan, steps=tuple(steps), machine=machine)
 
+    @cached_property
+    def free_batch(self) -> int:
+        """How many times as large a batch would take about as long: 1 unless copies keep the link busy whatever compute
+        does. They do not grow with the batch, and compute grows no faster than it; its activations need memory."""
+        compute_us = self.busy_us("compute")
+        waits_for_room = any(stall.cause in ("room", "late") for stall in self.stalls)
+        if not compute_us or waits_for_room or self.floor_us < MOSTLY * self.iteration_us:
+            return 1
+        return max(1, int(self.floor_us / compute_us))
+
     @property
     def conclusions(self) -> tuple[str, ...]:
         """What limits the iteration, and what would help most; nothing where there are no times."""
         if not self.is_timed:
             return ()
         limits = {"compute": "the GPU is busy all the time", **CAUSES, "link": "copies keep it busy all the time"}
-        return (
+        found = [
             f"Limited by {self.limited_by}: {limits[self.limited_by]}",
             f"What would help most: {self.advice or 'nothing that memory can buy'}",
-        )
+        ]
+        if self.free_batch > 1:
+            share = f"The GPU computes for {self.busy_us('compute') / self.iteration_us:.0%} of the time"
+            found.append(f"{share}: a batch {self.free_batch} times as large would take about as long")
+        return tuple(found)
 
     @property
     def _recorded(self) -> Recording:

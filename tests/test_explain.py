@@ -86,6 +86,20 @@ def test_figures_are_those_of_the_recording(compute_us: float, k: int, limit: st
     assert explanation.limited_by == limit
 
 
+@pytest.mark.parametrize(
+    ("compute_us", "k", "times"),
+    [(100.0, 2, 10), (300.0, 2, 3), (600.0, 2, 1), (3000.0, 3, 1), (10.0, 1, 1), (300.0, 1, 1)],
+)
+def test_a_larger_batch_that_takes_as_long(compute_us: float, k: int, times: int) -> None:
+    """A page takes 1000 us. With one slot compute and copies take turns, and a larger batch takes longer."""
+    plan = chain(compute_us, k)
+    explanation = Explanation(plan, recorded(plan), recompiles=0)
+    assert explanation.free_batch == times
+    larger = chain(compute_us * times, k)
+    assert simulate(larger, MACHINE).iteration_us <= 1.001 * simulate(plan, MACHINE).iteration_us
+    assert any("batch" in each for each in explanation.conclusions) == (times > 1)
+
+
 def test_the_first_iteration_does_not_count() -> None:
     """It finds its first pages there, or is cold."""
     plan = chain(100.0, 2)
@@ -133,7 +147,7 @@ def test_the_picture_says_what_the_text_concludes() -> None:
     plan = chain(100.0, 2)
     explanation = Explanation(plan, recorded(plan), recompiles=0)
     (view,) = explanation.visualize().views
-    limit, advice = explanation.conclusions
+    limit, advice, *_ = explanation.conclusions
     assert limit == "Limited by link: copies keep it busy all the time"
     assert advice == f"What would help most: {explanation.advice}"
     assert view.notes[:2] == (limit, advice)
