@@ -50,6 +50,9 @@ SAME_TIME = 1.01
 MOSTLY = 0.9
 """What is busy for this part of an iteration, or more, limits it."""
 
+PROMPT = 0.1
+"""Compute that has done an iteration within this part of it after its last step was issued has waited for the host."""
+
 SHOWN_STALLS = 8
 """Stalls that the text lists, the longest first."""
 
@@ -198,10 +201,13 @@ class Explanation:
 
     @cached_property
     def limited_by(self) -> str:
-        """``"compute"``, ``"link"``, ``"gradients"``, or the cause for which compute waits longest."""
+        """``"compute"``, ``"host"`` (which issues work no faster than it is done), ``"link"``, ``"gradients"``, or the
+        cause for which compute waits longest."""
         lanes = {"compute": "compute", "H2D": "link", "D2H": "gradients"}
         busy = {name: self.busy_us(lane) for lane, name in lanes.items()}
         most = max(busy, key=lambda name: busy[name])
+        if most == "compute" and self._recorded.lags_us[self._recorded.typical] < PROMPT * self.iteration_us:
+            return "host"
         if busy[most] >= MOSTLY * self.iteration_us or not self.stalls:
             return most
         waits: defaultdict[str, float] = defaultdict(float)
@@ -271,7 +277,11 @@ class Explanation:
         """What limits the iteration, and what would help most; nothing where there are no times."""
         if not self.is_timed:
             return ()
-        limits = {"compute": "the GPU is busy all the time", **CAUSES, "link": "copies keep it busy all the time"}
+        limits = CAUSES | {
+            "compute": "the GPU is busy all the time",
+            "host": "the GPU has done its work as soon as the program has issued it",
+            "link": "copies keep it busy all the time",
+        }
         found = [
             f"Limited by {self.limited_by}: {limits[self.limited_by]}",
             f"What would help most: {self.advice or 'nothing that memory can buy'}",

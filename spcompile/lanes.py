@@ -93,6 +93,7 @@ class Recording:
         stalls: of all recorded iterations, in order; ``iteration_starts_us`` tells them apart.
         iteration_starts_us: when compute reached the begin of each iteration.
         iteration_ends_us: when it had run the last step of each, gradients in host memory.
+        lags_us: by iteration, how long after its last step had been issued compute was done with it.
         moved_bytes, sent_bytes: by iteration, what was really copied to the device, and from it.
         peak_bytes: most memory that torch had allocated on the device while they ran; None on the emulated device.
         is_emulated: times are those of the emulated device, where they mean nothing but an order.
@@ -103,6 +104,7 @@ class Recording:
     stalls: tuple[Stall, ...]
     iteration_starts_us: tuple[float, ...]
     iteration_ends_us: tuple[float, ...]
+    lags_us: tuple[float, ...]
     moved_bytes: tuple[int, ...]
     sent_bytes: tuple[int, ...]
     peak_bytes: int | None

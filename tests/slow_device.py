@@ -179,6 +179,11 @@ class SlowStreams(EmulatedStreams):
         self._freed: list[tuple[range, SlowEvent]] = []  # addresses, and when they were given back
         self._copy: SlowCopy | None = None  # whose pieces are being queued
 
+    @property
+    def now_us(self) -> float:
+        """When compute has done what it has been given so far."""
+        return self._compute.now_us
+
     def side_wait(self, event: EmulatedEvent) -> None:
         assert isinstance(event, SlowEvent)
         self._notice_begin()

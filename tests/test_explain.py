@@ -64,6 +64,7 @@ def recorded(plan: Plan, machine: Machine = MACHINE, slower: float = 1.0, iterat
         stalls=stalls,
         iteration_starts_us=(0.0, *last[:-1]),
         iteration_ends_us=tuple(last),
+        lags_us=(1e9,) * iterations,
         moved_bytes=(plan.bytes_moved,) * iterations,
         sent_bytes=(0,) * iterations,
         peak_bytes=plan.peak_bytes(),
@@ -84,6 +85,18 @@ def test_figures_are_those_of_the_recording(compute_us: float, k: int, limit: st
     assert explanation.link_bytes_per_s == pytest.approx(1e9)
     assert sum(stall.us for stall in explanation.stalls) == pytest.approx(sum(each.us for each in simulation.stalls))
     assert explanation.limited_by == limit
+
+
+@pytest.mark.parametrize(("compute_us", "limit"), [(100.0, "link"), (3000.0, "host")])
+def test_a_device_that_waits_for_the_host(compute_us: float, limit: str) -> None:
+    """It has then done an iteration as soon as that is issued. Where copies keep the link busy they are the limit."""
+    plan = chain(compute_us, 3)
+    recording = recorded(plan)
+    typical_us = recording.iteration_us
+    prompt = replace(recording, lags_us=(0.05 * typical_us,) * len(recording.lags_us))
+    assert Explanation(plan, prompt, recompiles=0).limited_by == limit
+    late = replace(recording, lags_us=(0.2 * typical_us,) * len(recording.lags_us))
+    assert Explanation(plan, late, recompiles=0).limited_by == {"host": "compute"}.get(limit, limit)
 
 
 @pytest.mark.parametrize(

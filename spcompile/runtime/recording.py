@@ -14,12 +14,14 @@ queued.
 
 The odd cases: a copy for the next iteration belongs to the iteration that loads it. Copies that were on their way when
 the recording began have no begin; so the recording first waits for them. A gap in which the host had nothing ready
-counts to the segment behind it: the device's events cannot tell it from work.
+counts to the segment behind it, as the device's events cannot tell it from work. The host's own clock can: where the
+device is done with an iteration as soon as its last step is issued, it has waited for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +50,7 @@ class _Mark(NamedTuple):
     kind: str  # "begin", "loaded", "ran", "settled"
     number: int  # interval of what was loaded, else step
     event: Any
+    issued_s: float  # by the host's clock
 
 
 @dataclass(eq=False)
@@ -89,20 +92,22 @@ class Recorder:
     Args:
         streams: of the store's arena.
         is_emulated: whether they are those of the emulated device.
+        clock: the host's, in seconds.
     """
 
-    def __init__(self, streams: Streams, *, is_emulated: bool) -> None:
+    def __init__(self, streams: Streams, *, is_emulated: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         self.is_emulated = is_emulated
         self._streams = streams
+        self._clock = clock
         self._runs: list[_Run] = []
         self._copies: dict[Tenant, _Copy] = {}
         self._order: list[_Copy] = []
         self._released: dict[tuple[int, int], Tenant] = {}  # by range of the arena: who was evicted from it last
         self._open: _Run | None = None
         self._record = streams.compute_record
-        streams.synchronize()
+        self._wait_for_device()
         streams.set_timed(True)
-        self._origin = streams.compute_record()
+        self._origin, self._origin_s = streams.compute_record(), clock()  # an idle device is there at once
 
     # What the runtime tells.
 
@@ -112,7 +117,7 @@ class Recorder:
             self._open = None
             return
         self._record = self._streams.compute_recorder()
-        self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._record())])
+        self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._record(), self._clock())])
         self._runs.append(self._open)
 
     def end(self) -> None:
@@ -169,15 +174,13 @@ class Recorder:
 
     def _mark(self, kind: str, index: int) -> None:
         if self._open is not None:
-            self._open.marks.append(_Mark(kind, index, self._record()))
+            self._open.marks.append(_Mark(kind, index, self._record(), self._clock()))
 
     # What comes of it.
 
     def finish(self, peak_bytes: int | None) -> list[Recording]:
         """Wait for the device, and say what happened: a recording for each plan, in the order of their first runs."""
-        self._streams.synchronize()
-        if not self.is_emulated:
-            torch.cuda.synchronize()
+        self._wait_for_device()
         self._streams.set_timed(False)
         groups: dict[int, list[list[_Run]]] = {}
         for run in self._runs:
@@ -188,6 +191,11 @@ class Recorder:
                 iterations.append([run])
         causes = self._causes()
         return [self._recording(iterations, causes, peak_bytes) for iterations in groups.values()]
+
+    def _wait_for_device(self) -> None:
+        self._streams.synchronize()
+        if not self.is_emulated:
+            torch.cuda.synchronize()
 
     def _us(self, event: Any) -> float:
         return self._streams.time_us(event, self._origin)
@@ -228,11 +236,16 @@ class Recorder:
             stalls=tuple(stalls),
             iteration_starts_us=tuple(self._us(runs[0].marks[0].event) for runs in iterations),
             iteration_ends_us=tuple(self._us(runs[-1].marks[-1].event) for runs in iterations),
+            lags_us=tuple(self._lag_us(runs[-1].marks[-1]) for runs in iterations),
             moved_bytes=tuple(sum(run.moved_bytes for run in runs) for runs in iterations),
             sent_bytes=tuple(sum(run.sent_bytes for run in runs) for runs in iterations),
             peak_bytes=peak_bytes,
             is_emulated=self.is_emulated,
         )
+
+    def _lag_us(self, mark: _Mark) -> float:
+        """How long after the host had issued it compute got to a mark."""
+        return max(0.0, self._us(mark.event) - (mark.issued_s - self._origin_s) * 1e6)
 
     def _span(self, copy: _Copy, step: int, iteration: int) -> Span:
         return Span("H2D", copy.page, step, iteration, self._us(copy.started), self._us(copy.ready))

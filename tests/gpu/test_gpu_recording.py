@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,11 +39,13 @@ class Stack(nn.Module):
         return x
 
 
-def record(*, grad: bool = False, **options: Any) -> tuple[Recording, Explanation, list[Tensor], Tensor]:
+def record(
+    *, grad: bool = False, rows: int = 16, **options: Any
+) -> tuple[Recording, Explanation, list[Tensor], Tensor]:
     """Record some iterations; also what they returned, and what one that is not recorded returns."""
     model = spcompile.offload(Stack().to(torch.bfloat16).requires_grad_(grad))
     fast = torch.compile(model, backend="superpipeline", options={"compiler": "eager", **options})
-    x = torch.randn(16, WIDTH, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
 
     def call() -> Tensor:
         y: Tensor = fast(x)
@@ -110,4 +113,20 @@ def test_everything_resident_has_nothing_but_compute() -> None:
     assert torch.equal(outputs[-1], expected)
     assert {span.lane for span in recording.spans} == {"compute"}
     assert recording.stalls == ()
+    assert explanation.limited_by == "host"  # whose kernels take microseconds
+
+
+def test_a_busy_gpu_is_told_from_one_that_waits_for_the_host() -> None:
+    _, explanation, _, _ = record(k=1000, rows=65536)
     assert explanation.limited_by == "compute"
+
+
+def test_the_page_shows_measured_lanes_beside_predicted_ones(tmp_path: Path) -> None:
+    recording, explanation, _, _ = record(k=2, m=1)
+    (view,) = explanation.visualize(tmp_path / "page.html").views
+    assert [lanes.title for lanes in view.lanes] == ["predicted", "measured"]
+    measured = view.lanes[1]
+    assert [bar.step for bar in measured.bars if bar.lane == "compute"] == [*range(len(recording.plan.steps))]
+    assert all(bar.end >= bar.start >= 0 for bar in measured.bars if bar.lane == "compute")
+    assert view.figure("measured iteration").value == recording.iteration_us
+    assert (tmp_path / "page.html").stat().st_size > 10_000

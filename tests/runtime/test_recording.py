@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -90,6 +91,28 @@ def test_on_a_clocked_device_a_recording_is_what_was_simulated(
         ]
         assert [each.us for each in stalls] == pytest.approx([each.us for each in expected])
     assert recording.iteration_ends_us[0] == pytest.approx(simulation.cold_us)
+
+
+def test_how_far_the_device_is_behind_the_host() -> None:
+    """Of a host that issues all at once, one whose clock is the device's, which issues the next iteration when the last
+    one is done, and one that takes a second for each thing that it says."""
+    run = compile_offloaded(Stack(), k=1000)
+    streams = run.store.arena.streams = SlowStreams(run.events, STEP_US, LINK_BYTES_PER_S)
+    ticks = itertools.count()
+    clocks = (lambda: 0.0, lambda: streams.now_us / 1e6, lambda: float(next(ticks)))
+    lags_us = []
+    for clock in clocks:
+        recorder = run.store.recorder = Recorder(streams, is_emulated=True, clock=clock)
+        with torch.no_grad():
+            for _ in range(3):
+                run.model(torch.ones(2, 16))
+        (recording,) = recorder.finish(None)
+        lags_us.append(recording.lags_us)
+        run.store.recorder = None
+    all_us = sum(STEP_US)
+    assert lags_us[0] == pytest.approx((all_us, 2 * all_us, 3 * all_us))
+    assert lags_us[1] == pytest.approx((all_us,) * 3)
+    assert lags_us[2] == (0.0,) * 3
 
 
 def at(span: Span) -> tuple[str, str, int, float, float]:

@@ -34,6 +34,7 @@ def recording_of(
         ),
         iteration_starts_us=starts_us[:-1],
         iteration_ends_us=starts_us[1:],
+        lags_us=(1e9,) * n_recorded,
         moved_bytes=(plan.bytes_moved,) * n_recorded,
         sent_bytes=(plan.gradients_bytes,) * n_recorded,
         peak_bytes=peak_bytes,
