@@ -8,7 +8,6 @@ that input's example is the model's own parameter, and its storage is the weight
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -121,8 +120,10 @@ class Capture:
         with V.set_fake_mode(fake_mode), tracing(tracing_context), no_donation:
             outline = self._outline(table)
             if outline is not None:
-                with contextlib.suppress(LayoutError):
+                try:
                     return self._trace_outlined(outline, compile_graph, table)
+                except LayoutError as error:
+                    logger.debug("every layer is traced: %s", error)
             compiled: Callable[..., Any] = aot(self.gm, self.traced_inputs)
             return compiled
 
