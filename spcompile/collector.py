@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import gc
 
+FROZEN_BY_PYTHON = 1000
+"""At most so many objects an interpreter has frozen by itself (CPython 3.12: 375). Who freezes those of a process with
+torch in it freezes hundreds of thousands."""
+
 
 class CollectorPause:
     """Between `begin` and `end` nothing is collected. Whoever had the collector off already finds it off afterwards."""
@@ -39,6 +43,6 @@ def _count_all_as_old() -> None:
     Otherwise it would be gone through twice more within moments, as the first and as the second generation: 0.4 s of 12
     for 32 layers, in which next to nothing is found. Objects of a user who has frozen some would be thawed: then not.
     """
-    if gc.get_freeze_count() == 0:
+    if gc.get_freeze_count() <= FROZEN_BY_PYTHON:
         gc.freeze()
         gc.unfreeze()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile import backend, dry_run
-from spcompile.collector import CollectorPause
+from spcompile.collector import FROZEN_BY_PYTHON, CollectorPause
 from spcompile.passes.base import Program
 from spcompile.pipeline import run_passes
 
@@ -100,12 +100,12 @@ def test_what_was_made_while_the_collector_paused_is_gone_through_once() -> None
     assert lost() is None
     young = {id(each) for each in gc.get_objects(generation=0)}
     assert not any(id(each) in young for each in kept)
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() <= FROZEN_BY_PYTHON
     gc.freeze()
     try:
         frozen = gc.get_freeze_count()
         with CollectorPause():
             pass
-        assert gc.get_freeze_count() >= frozen > 0
+        assert gc.get_freeze_count() >= frozen > FROZEN_BY_PYTHON
     finally:
         gc.unfreeze()
