@@ -19,6 +19,8 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.virtualized import V
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spcompile.cuda_decompositions import Table, as_for_cuda
 from spcompile.errors import OffloadError
@@ -317,8 +319,20 @@ def module_path(placeholder: fx.Node) -> str:
 
 
 def storage_weights(model: torch.nn.Module) -> dict[int, Weight]:
-    """Weights of a model that is not offloaded, by identity of their storage, in the order of its parameters."""
+    """Weights of a model that is not offloaded, tied ones and views of one storage once, in the order of its
+    parameters.
+
+    By identity of their storage; a tensor subclass, which may have none, by its own, with the bytes that its shape and
+    dtype name. A lazy parameter has no bytes yet, and is left out.
+    """
     weights: dict[int, Weight] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        weights.setdefault(storage_key(parameter), Weight(name, parameter.untyped_storage().nbytes()))
+    named: Iterator[tuple[str, Any]] = model.named_parameters(remove_duplicate=False)
+    for name, parameter in named:
+        if is_lazy(parameter):
+            continue
+        nbytes = parameter.numel() * parameter.element_size()
+        if is_traceable_wrapper_subclass(parameter):
+            weights.setdefault(id(parameter), Weight(name, nbytes))
+        else:
+            weights.setdefault(storage_key(parameter), Weight(name, parameter.untyped_storage().nbytes()))
     return weights

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
+from torch import fx, nn
 
+from spcompile.capture import storage_weights
 from spcompile.ir import Machine, Page, Plan, Step, Weight
 from spcompile.module_tree import find_layer_paths, layer_of
 from spcompile.options import Options
@@ -24,7 +24,6 @@ from spcompile.passes.base import Program
 from spcompile.passes.make_schedule import place_uncut
 from spcompile.passes.pages import LEFTOVER_FRACTION
 from spcompile.planner.machine import kernel_time_us
-from spcompile.runtime.weights import storage_key
 from spcompile.text import format_plan
 from spcompile.verify.plans import verify_plan
 from spcompile.verify.violations import raise_if_any
@@ -58,7 +57,7 @@ def plan_weights_only(
         machine=machine,
         free_bytes=free_bytes,
     )
-    graph = _unplaced(_weights(model), str(device), machine)
+    graph = _unplaced(list(storage_weights(model).values()), str(device), machine)
     plan = replace(place_uncut(program, graph), note=NOTE.format(reason=reason))
     violations = verify_plan(plan, options.budget) if options.verify else []
     if violations:
@@ -90,16 +89,3 @@ def _unplaced(weights: list[Weight], device: str, machine: Machine) -> Plan:
 def _owner(weight: Weight) -> str:
     """The module that holds a weight; the weight's own name where that is the model."""
     return weight.name.rpartition(".")[0] or weight.name
-
-
-def _weights(model: nn.Module) -> list[Weight]:
-    """The weights in the order of the model's parameters, tied ones and views of one storage once."""
-    found: dict[object, Weight] = {}
-    for name, parameter in model.named_parameters():
-        known = not is_lazy(parameter)
-        if not known:
-            continue
-        has_storage = type(parameter.data) is Tensor
-        nbytes = parameter.untyped_storage().nbytes() if has_storage else parameter.numel() * parameter.element_size()
-        found.setdefault(storage_key(parameter) if has_storage else name, Weight(name, nbytes))
-    return list(found.values())
