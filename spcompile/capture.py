@@ -107,14 +107,6 @@ class Capture:
         the first ``.backward()``.
         """
         table = self._decompositions()
-        aot = aot_autograd(
-            fw_compiler=lambda module, _inputs: compile_graph(module, Kind.FORWARD),
-            bw_compiler=lambda module, _inputs: compile_graph(module, Kind.BACKWARD),
-            inference_compiler=lambda module, _inputs: compile_graph(module, Kind.INFERENCE),
-            partition_fn=partition(self.options.compiler, self.is_weight, plan_training, self.for_cuda),
-            decompositions=table,
-            keep_inference_input_mutations=True,
-        )
         fake_mode = detect_fake_mode(self.traced_inputs)
         tracing_context = TracingContext.try_get() or TracingContext(fake_mode)
         # Donated buffers are those that backward may write over; `retain_graph` is refused where there are any.
@@ -126,8 +118,8 @@ class Capture:
                     return self._trace_outlined(outline, compile_graph, table)
                 except LayoutError as error:
                     logger.debug("every layer is traced: %s", error)
-            compiled: Callable[..., Any] = aot(self.gm, self.traced_inputs)
-            return compiled
+            partition_fn = partition(self.options.compiler, self.is_weight, plan_training, self.for_cuda)
+            return _aot(compile_graph, table, partition_fn=partition_fn)(self.gm, self.traced_inputs)
 
     def _outline(self, table: Table) -> Outline | None:
         """What of the graph need not be traced more than once: layers of which no gradient is wanted."""
@@ -142,24 +134,23 @@ class Capture:
         def trace(layer: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
             traced: list[fx.GraphModule] = []
 
-            def keep(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+            def keep(module: fx.GraphModule, _: Kind) -> Callable[..., Any]:
                 traced.append(module)
                 return module.forward
 
             with tracing(TracingContext(detect_fake_mode(inputs))):
-                _aot_for_inference(keep, table)(layer, inputs)
+                _aot(keep, table)(layer, inputs)
             return traced[0]
 
         return outline_layers(self.gm, find_layer_paths(named), device if is_moved else None, trace)
 
     def _trace_outlined(self, outline: Outline, compile_graph: GraphCompiler, table: Table) -> Callable[..., Any]:
-        def compile_inlined(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        def compile_inlined(module: fx.GraphModule, kind: Kind) -> Callable[..., Any]:
             outline.inline(module)
-            return compile_graph(module, Kind.INFERENCE)
+            return compile_graph(module, kind)
 
         with outline.in_place():
-            compiled: Callable[..., Any] = _aot_for_inference(compile_inlined, table)(self.gm, self.traced_inputs)
-        return compiled
+            return _aot(compile_inlined, table)(self.gm, self.traced_inputs)
 
     def _decompositions(self) -> Table:
         if self.options.compiler == "eager":
@@ -256,12 +247,15 @@ class Capture:
         return max(0, torch.cuda.memory_allocated(device) - model_bytes)
 
 
-def _aot_for_inference(compiler: Callable[..., Any], table: Table) -> Callable[..., Any]:
-    aot: Callable[..., Any] = aot_autograd(
-        fw_compiler=compiler,
-        inference_compiler=compiler,
+def _aot(compile_graph: GraphCompiler, table: Table, **training: Any) -> Callable[..., Callable[..., Any]]:
+    """AOTAutograd with these decompositions; ``training``: what only matters where gradients are wanted."""
+    aot: Callable[..., Callable[..., Any]] = aot_autograd(
+        fw_compiler=lambda module, _inputs: compile_graph(module, Kind.FORWARD),
+        bw_compiler=lambda module, _inputs: compile_graph(module, Kind.BACKWARD),
+        inference_compiler=lambda module, _inputs: compile_graph(module, Kind.INFERENCE),
         decompositions=table,
         keep_inference_input_mutations=True,
+        **training,
     )
     return aot
 
@@ -330,9 +324,8 @@ def storage_weights(model: torch.nn.Module) -> dict[int, Weight]:
     for name, parameter in named:
         if is_lazy(parameter):
             continue
-        nbytes = parameter.numel() * parameter.element_size()
-        if is_traceable_wrapper_subclass(parameter):
-            weights.setdefault(id(parameter), Weight(name, nbytes))
-        else:
-            weights.setdefault(storage_key(parameter), Weight(name, parameter.untyped_storage().nbytes()))
+        has_storage = not is_traceable_wrapper_subclass(parameter)
+        key = storage_key(parameter) if has_storage else id(parameter)
+        nbytes = parameter.untyped_storage().nbytes() if has_storage else parameter.numel() * parameter.element_size()
+        weights.setdefault(key, Weight(name, nbytes))
     return weights
