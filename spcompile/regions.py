@@ -134,7 +134,7 @@ def _region(nodes: Sequence[fx.Node]) -> Region | None:
         return None
     if not all(_is_static(node.meta.get("example_value")) for node in nodes):
         return None
-    if not outputs or not all(_is_plain(node.meta.get("example_value")) for node in (*inputs, *outputs)):
+    if not inputs or not outputs or not all(_is_plain(node.meta.get("example_value")) for node in (*inputs, *outputs)):
         return None
     return Region(tuple(nodes), inputs, outputs)
 

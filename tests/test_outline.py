@@ -220,6 +220,32 @@ def test_outputs_that_start_inside_their_memory() -> None:
     assert assert_same_graphs(nn.Sequential(Inside(), Inside(), Inside(), Inside()), X).n_layers == 3
 
 
+def test_layers_that_read_nothing() -> None:
+    """There is nothing to trace in them, nor a tensor to learn the fake mode from."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self) -> Tensor:
+            return torch.arange(WIDTH, dtype=torch.float32)
+
+    class Model(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.ModuleList(Positions() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for each in self.positions:
+                x = x + each()
+            unused = sum(weight.sum() for weight in self.positions.parameters())
+            return super().forward(x) + unused
+
+    assert assert_same_graphs(Model(), X).n_layers == 4
+
+
 def test_dropout_in_a_layer() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)) for _ in range(3))).train()
     assert assert_same_graphs(model, X).n_layers == 3
