@@ -430,7 +430,25 @@ def test_a_tensor_that_is_laid_out_otherwise_than_dynamo_saw(monkeypatch: pytest
         return replace(layer, takes="something else")
 
     monkeypatch.setattr(outline, "_trace", traced_otherwise)
+    inlined: list[fx.GraphModule] = []
+    monkeypatch.setattr(Outline, "inline", lambda _, module: inlined.append(module))
     assert assert_same_graphs(Stack(), X).n_layers == 4
+    assert not inlined
+
+
+def test_a_layer_that_writes_is_told_by_its_graph() -> None:
+    """Also where tracing says of the write what it says of what computes."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.ops.aten.tanh.default, (x,))
+    write = graph.call_function(torch.ops.aten.copy_.default, (x, y))
+    graph.output((y,))
+    for node in (x, y, write):
+        node.meta["val"] = X
+        node.meta["custom"] = {outline.ORIGIN: 0}
+    assert not outline._only_computes(graph, n_outputs=1)
+    graph.erase_node(write)
+    assert outline._only_computes(graph, n_outputs=1)
 
 
 def test_a_layer_that_cannot_be_traced_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
