@@ -132,6 +132,7 @@ class Advice:
         change_bytes: memory that it takes more (or, where negative, less) than the plan that ran.
         change_us: time that it saves (negative) or takes.
         n_pages: how many more pages stay on the device.
+        in_place: names of the pages that it reads in place and the plan that ran does not.
     """
 
     peak_bytes: int
@@ -139,14 +140,24 @@ class Advice:
     change_bytes: int
     change_us: float
     n_pages: int
+    in_place: tuple[str, ...]
 
     def __str__(self) -> str:
         budget = f"budget={_as_budget(self.peak_bytes)!r}"
         before_us = self.iteration_us - self.change_us
         if self.change_bytes < 0:
             return f"{format_bytes(-self.change_bytes)} less would do: {budget} takes as long"
-        pages = f"keeps {self.n_pages} more page{'s' if self.n_pages > 1 else ''}: " if self.n_pages > 0 else ""
-        return f"+{format_bytes(self.change_bytes)} {pages}{self.change_us / before_us:+.0%} ({budget})"
+        return f"+{format_bytes(self.change_bytes)} {self._use}: {self.change_us / before_us:+.0%} ({budget})"
+
+    @property
+    def _use(self) -> str:
+        """What the memory is used for."""
+        uses = []
+        if self.n_pages > 0:
+            uses.append(f"keeps {self.n_pages} more page{'s' if self.n_pages > 1 else ''}")
+        if self.in_place:
+            uses.append(f"reads {', '.join(self.in_place)} in place")
+        return " and ".join(uses) or "lets copies start earlier"
 
 
 @dataclass(frozen=True)
@@ -245,21 +256,34 @@ class Explanation:
 
     def _advice(self, point: TradeoffPoint, now_us: float, now_bytes: int) -> Advice:
         n_pages = len(point.plan.residents) - len(self.plan.residents)
-        change_us = point.iteration_us - now_us
-        return Advice(point.peak_bytes, point.iteration_us, point.peak_bytes - now_bytes, change_us, n_pages)
+        in_place = tuple(
+            page.name
+            for index, page in enumerate(self.plan.pages)
+            if index in point.plan.mapped and index not in self.plan.mapped
+        )
+        change_us, change_bytes = point.iteration_us - now_us, point.peak_bytes - now_bytes
+        return Advice(point.peak_bytes, point.iteration_us, change_bytes, change_us, n_pages, in_place)
 
     def _as_measured(self, machine: Machine) -> Plan:
-        """The plan on this machine, with the times of its steps as they were measured."""
+        """The plan on this machine, with the times of its steps as they were measured.
+
+        Where rows are read in place the link has its part of that time; all of it where that is what it was predicted
+        to take or less: rows that were read twice then came from a cache, and count less.
+        """
         times: dict[int, list[float]] = {}
         for span in self._recorded.spans:
             if span.lane == "compute" and span.iteration in self._recorded.counted:
                 times.setdefault(span.step, []).append(span.end_us - span.start_us)
         steps = []
         for index, step in enumerate(self.plan.steps):
-            in_place_bytes = self.plan.gathered_bytes(index)
+            if index not in times:
+                steps.append(step)
+                continue
+            measured_us, in_place_bytes = statistics.median(times[index]), self.plan.gathered_bytes(index)
             in_place_us = machine.gather_time_us(in_place_bytes) if in_place_bytes else 0.0
-            measured_us = statistics.median(times[index]) if index in times else step.compute_us + in_place_us
-            steps.append(replace(step, compute_us=max(0.0, measured_us - in_place_us)))
+            read = min(1.0, measured_us / in_place_us) if in_place_us else 1.0
+            gathers = tuple((page, int(nbytes * read)) for page, nbytes in step.gathers)
+            steps.append(replace(step, compute_us=max(0.0, measured_us - in_place_us), gathers=gathers))
         return replace(self.plan, steps=tuple(steps), machine=machine)
 
     @cached_property

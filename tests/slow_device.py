@@ -161,15 +161,16 @@ class SlowStreams(EmulatedStreams):
         log: the store's, from which the names of pages and the begins of iterations are taken.
         step_us: time of each step, by its index; they repeat where there are more steps.
         bytes_per_s: of the link.
+        wait_us: what a wait takes of compute, also where it waits for nothing.
 
     Attributes:
         copies: in the order in which they were queued.
         runs: steps in the order in which they ran.
     """
 
-    def __init__(self, log: list[Event], step_us: Sequence[float], bytes_per_s: float) -> None:
+    def __init__(self, log: list[Event], step_us: Sequence[float], bytes_per_s: float, *, wait_us: float = 0) -> None:
         super().__init__()
-        self.log, self.step_us, self.bytes_per_s = log, step_us, bytes_per_s
+        self.log, self.step_us, self.bytes_per_s, self.wait_us = log, step_us, bytes_per_s, wait_us
         self.copies: list[SlowCopy] = []
         self.runs: list[Work] = []
         self._stalls: list[tuple[int, SlowCopy]] = []  # how many steps had run, and what compute waited for
@@ -210,7 +211,8 @@ class SlowStreams(EmulatedStreams):
         since: list[float] = []
         self._compute.queue.append(_Job(lambda: since.append(self._compute.now_us)))
         self._compute.queue.append(_Wait(event))
-        self._compute.queue.append(_Job(_nothing, 0.0, lambda now_us, _: self._note_stall(event, now_us > since[0])))
+        noted = _Job(_nothing, self.wait_us, lambda now_us, _: self._note_stall(event, now_us > since[0]))
+        self._compute.queue.append(noted)
 
     def compute_record(self) -> EmulatedEvent:
         self._notice_begin()

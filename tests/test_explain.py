@@ -17,7 +17,7 @@ from spcompile.ir import Machine, Plan, Step
 from spcompile.lanes import Recording
 from spcompile.planner.choose import find_tradeoff
 from spcompile.planner.machine import PROFILES
-from spcompile.planner.make_plan import make_plan
+from spcompile.planner.make_plan import make_plan, place_graph
 from spcompile.planner.simulate import predict_iteration_us, simulate
 from tests.hand_plans import page
 from tests.running import compile_offloaded
@@ -154,6 +154,46 @@ def test_advice_of_less_memory_where_compute_hides_all_copies() -> None:
     assert advice.change_bytes < 0
     assert advice.peak_bytes <= 3 * MB + 1024
     assert "less would do" in str(advice)
+
+
+def embedding(compute_us: float, **wanted: Any) -> Plan:
+    """A table of 4 MB, of which the first of eight steps reads 275 kB (500 us in place), and layers of 1 MB."""
+    names = ("table", *(f"layers.{index}" for index in range(1, N_LAYERS)))
+    steps = tuple(
+        Step(name, name, (index,), compute_us, gathers=((0, 275_000),) if name == "table" else ())
+        for index, name in enumerate(names)
+    )
+    pages = tuple(page(name, 4 * MB if name == "table" else MB) for name in names)
+    graph = make_plan(device="cuda:0", pages=pages, leftovers=(), steps=steps, k=N_LAYERS, wraps=True)
+    return place_graph(replace(graph, machine=MACHINE), **wanted)
+
+
+def test_advice_to_read_a_table_in_place() -> None:
+    """With k and m by hand it is streamed, which takes 4000 us of the link in place of 500."""
+    plan = embedding(100.0, k=2, m=1)
+    assert plan.mapped == ()
+    advice = Explanation(plan, recorded(plan), recompiles=0).advice
+    assert advice is not None
+    assert advice.in_place == ("table",)
+    assert "reads table in place: -" in str(advice)
+
+
+def test_rows_that_are_read_quicker_than_predicted_promise_no_more_than_was_measured() -> None:
+    """The page cannot save more time in device memory than its step takes."""
+    plan = embedding(100.0, capacity_bytes=8 * MB)
+    assert plan.mapped == (0,)
+    steps = (replace(plan.steps[0], compute_us=0.0, gathers=((0, 55_000),)), *plan.steps[1:])
+    cached = recorded(replace(plan, steps=steps))
+    measured = replace(cached, plan=plan)
+    (first_us,) = {span.end_us - span.start_us for span in measured.spans if (span.lane, span.step) == ("compute", 0)}
+    assert first_us == pytest.approx(100.0)
+    as_measured = Explanation(plan, measured, recompiles=0)._as_measured(MACHINE)
+    assert predict_iteration_us(as_measured, MACHINE) == pytest.approx(800.0)
+    assert as_measured.steps[0].compute_us == 0
+    slower = replace(recorded(plan, slower=2.0), plan=plan)  # 200 us of compute and 500 of reading
+    as_measured = Explanation(plan, slower, recompiles=0)._as_measured(MACHINE)
+    assert predict_iteration_us(as_measured, MACHINE) == pytest.approx(8 * 200.0 + 500.0)
+    assert as_measured.steps[0].gathers == plan.steps[0].gathers
 
 
 def test_the_picture_says_what_the_text_concludes() -> None:

@@ -8,14 +8,15 @@ is recorded while nobody asked.
     compute   |begin          |loaded 0   |ran 0   |loaded 1 |ran 1 ...     from mark to mark
     H2D             [started  ready]  [started  ready]                      each copy between two events of its own
 
-The segments themselves are watched from outside: for the time of a recording each is wrapped (`watch`), which also
-gives it an NVTX range with its name. On the emulated device the interpreter of the outer graph tells when one is
-queued.
+The segments themselves are watched from outside: for the time of a recording something stands before each (`watch`),
+which also gives it an NVTX range with its name. On the emulated device the interpreter of the outer graph tells when
+one is queued.
 
 The odd cases: a copy for the next iteration belongs to the iteration that loads it. Copies that were on their way when
-the recording began have no begin; so the recording first waits for them. A gap in which the host had nothing ready
-counts to the segment behind it, as the device's events cannot tell it from work. The host's own clock can: where the
-device is done with an iteration as soon as its last step is issued, it has waited for the host.
+the recording began have no begin; so the recording first waits for them. A wait for what had happened before compute
+got there takes its time too, some 15 us of a busy H200; that is no stall, and no work either. A gap in which the host
+had nothing ready counts to the segment behind it, as the device's events cannot tell it from work. The host's own clock
+can: where the device is done with an iteration as soon as its last step is issued, it has waited for the host.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ class _Mark(NamedTuple):
     kind: str  # "begin", "loaded", "ran", "settled"
     number: int  # interval of what was loaded, else step
     event: Any
-    issued_s: float  # by the host's clock
 
 
 @dataclass(eq=False)
@@ -61,9 +61,10 @@ class _Run:
     is_backward: bool
     marks: list[_Mark]
     loaded: dict[int, _Copy | None] = field(default_factory=dict)  # by interval; None: the page was there already
-    sends: list[tuple[int, Any, Any]] = field(default_factory=list)
+    sends: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # by step: events before and behind
     moved_bytes: int = 0
     sent_bytes: int = 0
+    issued_s: float = 0.0  # when the last mark was, by the host's clock
 
 
 @dataclass(eq=False)
@@ -117,7 +118,7 @@ class Recorder:
             self._open = None
             return
         self._record = self._streams.compute_recorder()
-        self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._record(), self._clock())])
+        self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._record())])
         self._runs.append(self._open)
 
     def end(self) -> None:
@@ -165,7 +166,7 @@ class Recorder:
     def sent(self, step: int, started: Any, nbytes: int) -> None:
         """They have been issued."""
         if self._open is not None:
-            self._open.sends.append((step, started, self._streams.down_record()))
+            self._open.sends[step] = started, self._streams.down_record()
             self._open.sent_bytes += nbytes
 
     def settled(self, step: int) -> None:
@@ -174,7 +175,8 @@ class Recorder:
 
     def _mark(self, kind: str, index: int) -> None:
         if self._open is not None:
-            self._open.marks.append(_Mark(kind, index, self._record(), self._clock()))
+            self._open.marks.append(_Mark(kind, index, self._record()))
+            self._open.issued_s = self._clock()
 
     # What comes of it.
 
@@ -236,16 +238,16 @@ class Recorder:
             stalls=tuple(stalls),
             iteration_starts_us=tuple(self._us(runs[0].marks[0].event) for runs in iterations),
             iteration_ends_us=tuple(self._us(runs[-1].marks[-1].event) for runs in iterations),
-            lags_us=tuple(self._lag_us(runs[-1].marks[-1]) for runs in iterations),
+            lags_us=tuple(self._lag_us(runs[-1]) for runs in iterations),
             moved_bytes=tuple(sum(run.moved_bytes for run in runs) for runs in iterations),
             sent_bytes=tuple(sum(run.sent_bytes for run in runs) for runs in iterations),
             peak_bytes=peak_bytes,
             is_emulated=self.is_emulated,
         )
 
-    def _lag_us(self, mark: _Mark) -> float:
-        """How long after the host had issued it compute got to a mark."""
-        return max(0.0, self._us(mark.event) - (mark.issued_s - self._origin_s) * 1e6)
+    def _lag_us(self, run: _Run) -> float:
+        """How long after the host had issued the last of a run compute was done with it."""
+        return max(0.0, self._us(run.marks[-1].event) - (run.issued_s - self._origin_s) * 1e6)
 
     def _span(self, copy: _Copy, step: int, iteration: int) -> Span:
         return Span("H2D", copy.page, step, iteration, self._us(copy.started), self._us(copy.ready))
@@ -254,7 +256,7 @@ class Recorder:
         for interval, copy in run.loaded.items():
             if copy is not None:
                 yield self._span(copy, plan.load_step(plan.intervals[interval]), iteration)
-        for step, started, ended in run.sends:
+        for step, (started, ended) in run.sends.items():
             yield Span("D2H", plan.steps[step].segment, step, iteration, self._us(started), self._us(ended))
 
     def _walk(self, plan: Plan, run: _Run, iteration: int, causes: Mapping[_Copy, str]) -> Iterator[Span | Stall]:
@@ -264,9 +266,17 @@ class Recorder:
             now_us = self._us(mark.event)
             if mark.kind == "ran":
                 yield Span("compute", plan.steps[mark.number].segment, mark.number, iteration, since_us, now_us)
-            elif now_us - since_us >= SHORTEST_STALL_US:
+            elif self._happened_us(run, mark) - since_us >= SHORTEST_STALL_US:
                 yield self._stall(plan, run, position, since_us, now_us - since_us, causes)
             since_us = now_us
+
+    def _happened_us(self, run: _Run, mark: _Mark) -> float:
+        """When that had happened which compute waited for before a mark."""
+        if mark.kind == "settled":
+            send = run.sends.get(mark.number)  # None: of a run before, which an exception had ended
+            return 0.0 if send is None else self._us(send[1])
+        copy = run.loaded[mark.number]
+        return 0.0 if copy is None else self._us(copy.ready)
 
     def _stall(
         self, plan: Plan, run: _Run, position: int, since_us: float, us: float, causes: Mapping[_Copy, str]
@@ -276,21 +286,18 @@ class Recorder:
         step = next(following, len(plan.steps))
         if mark.kind == "settled":
             return Stall(step, since_us, us, plan.steps[mark.number].segment, "gradients")
-        page = plan.pages[plan.intervals[mark.number].page].name
         copy = run.loaded[mark.number]
-        return Stall(step, since_us, us, page, "link" if copy is None else causes[copy])
+        assert copy is not None  # else it did not wait
+        return Stall(step, since_us, us, copy.page, causes[copy])
 
 
-class Watched(torch.nn.Module):
-    """A segment that tells when it has been issued."""
+class _Watched:
+    """Stands before a segment and tells when it has been issued."""
 
     def __init__(self, segment: torch.nn.Module, recorder: Recorder, step: int, name: str) -> None:
-        super().__init__()
-        self.segment = segment
         self._call, self._tell, self._step, self._name = segment.forward, recorder.ran, step, name
 
     def __call__(self, values: list[Any]) -> Any:
-        """Without a module's hooks; see `spcompile.segments.CompiledSegment`."""
         torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
         try:
             return self._call(values)
@@ -300,7 +307,10 @@ class Watched(torch.nn.Module):
 
 
 def watch(module: fx.GraphModule, steps: Mapping[str, int], plan: Plan, recorder: Recorder | None) -> None:
-    """Wrap the segments of an outer graph, or (without a recorder) unwrap them.
+    """Put something before the segments of an outer graph, or (without a recorder) take it away.
+
+    The segments stay where they are: an attribute of the instance is found before the submodule of its name. To set one
+    costs a tenth of replacing a submodule, which the recorded iterations would have to bear.
 
     Args:
         module: the outer graph.
@@ -309,7 +319,7 @@ def watch(module: fx.GraphModule, steps: Mapping[str, int], plan: Plan, recorder
         recorder: what to tell.
     """
     for name, step in steps.items():
-        segment = module.get_submodule(name)
-        inner = segment.segment if isinstance(segment, Watched) else segment
-        watched = inner if recorder is None else Watched(inner, recorder, step, plan.steps[step].segment)
-        setattr(module, name, watched)
+        vars(module).pop(name, None)
+        if recorder is not None:
+            segment = module.get_submodule(name)
+            vars(module)[name] = _Watched(segment, recorder, step, plan.steps[step].segment)

@@ -93,6 +93,22 @@ def test_on_a_clocked_device_a_recording_is_what_was_simulated(
     assert recording.iteration_ends_us[0] == pytest.approx(simulation.cold_us)
 
 
+def test_a_wait_for_what_is_there_is_no_stall() -> None:
+    """On a GPU it takes its time. Only the cold iteration really waits; then compute hides all copies."""
+    run = compile_offloaded(Stack(), k=3, m=1)
+    streams = SlowStreams(run.events, [100_000.0] * 5, LINK_BYTES_PER_S, wait_us=15.0)
+    run.store.arena.streams = streams
+    recorder = run.store.recorder = Recorder(streams, is_emulated=True)
+    with torch.no_grad():
+        for _ in range(3):
+            run.model(torch.ones(2, 16))
+    (recording,) = recorder.finish(None)
+    assert recording.stalls_of(0) == recording.stalls
+    assert recording.stalls[0].us == pytest.approx(15.0 + 8192.0)  # the first page
+    assert recording.busy_us("compute") == pytest.approx(500_000.0)
+    assert recording.iteration_us == pytest.approx(500_000.0 + 5 * 15.0)
+
+
 def test_how_far_the_device_is_behind_the_host() -> None:
     """Of a host that issues all at once, one whose clock is the device's, which issues the next iteration when the last
     one is done, and one that takes a second for each thing that it says."""
