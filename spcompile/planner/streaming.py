@@ -14,13 +14,16 @@ from spcompile.errors import OptionError
 from spcompile.ir import ALIGNMENT_BYTES, Interval, Plan, Slot, Step
 from spcompile.planner.early import start_early, visits_of
 from spcompile.planner.gaps import keep_gaps
-from spcompile.planner.packing import Packing, pack
+from spcompile.planner.packing import Packing, held_bytes, pack
 from spcompile.planner.slots import assign_slots, hold_slots, most_held, slot_period
 from spcompile.planner.window import Stay, plan_window
 
 MAX_PERIOD = 256
 """Where slots would repeat after more iterations than this, and than k, they are held fast instead. A chain never
 needs more than k; an irregular order may need millions, and the plan lists the slots of every phase."""
+
+LESS = 128
+"""Where too much is lost between pages, at least this part of the room is given up before it is tried again."""
 
 
 def stream(plan: Plan, residents: Collection[int], k: int, m: int) -> Plan:
@@ -83,8 +86,11 @@ def stream_in_room(
         packing = pack(stays, sizes_bytes, n_steps, wraps=plan.wraps, search=search)
         if packing.arena_bytes <= room_bytes:
             break
-        # What lies between the pages is lost. With less to hold it is less, too.
-        usable_bytes = min(usable_bytes - ALIGNMENT_BYTES, usable_bytes * room_bytes // packing.arena_bytes)
+        # What lies between the pages is lost. With less to hold it is less, too. The same copies run ahead in all room
+        # that they do not fill; what is kept between uses may change with any of it.
+        held_most_bytes = max(held_bytes(stays, sizes_bytes, n_steps))
+        less_bytes = held_most_bytes if reserve_bytes is None else usable_bytes - usable_bytes // LESS
+        usable_bytes = min(less_bytes - ALIGNMENT_BYTES, usable_bytes * room_bytes // packing.arena_bytes)
     plan = _with_window(plan, kept, max(1, most_held(stays, n_steps)), 1)
     return _at_offsets(plan, stays, packing)
 
