@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch._dynamo.callback import CallbackArgs, callback_handler, on_compile_en
 from torch._dynamo.exc import ShortenTraceback
 
 from spcompile.arrival import find_or_make_store, name_of_caller, take_in_caller
-from spcompile.capture import Capture, Kind
+from spcompile.capture import Capture, Kind, input_index
 from spcompile.collector import CollectorPause
 from spcompile.environment import dump_folder
 from spcompile.errors import SuperpipelineError
@@ -29,6 +30,7 @@ from spcompile.passes.base import STEP, Program
 from spcompile.pipeline import PLANNING, REWRITING, run_passes
 from spcompile.rehome import RehomedCall, ambient_autocast, rehome_examples, rehome_graph
 from spcompile.runtime.compiled_graph import CompiledGraph
+from spcompile.runtime.store import PageStore
 from spcompile.runtime.transfers import Layout
 from spcompile.runtime.weights import WeightView
 from spcompile.segments import compile_segments, warm_up_inductor
@@ -67,9 +69,13 @@ def superpipeline(
 
 
 _PAUSE = CollectorPause()
-"""From the begin of Dynamo's tracing to its end, and during a backward that is compiled later."""
+"""From the begin of Dynamo's tracing to its end, and during a backward that is compiled later.
+
+A backward inside of a compiled function is compiled while Dynamo looks at every frame that runs: also at these two
+functions, which it calls with a lock held that compiling them would take again. So it is told to leave them alone."""
 
 
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def _begin_compiling(_: CallbackArgs) -> None:
     """Start Inductor's workers when Dynamo starts to trace: without them it would compile the first kernels itself."""
     _PAUSE.begin()
@@ -77,6 +83,7 @@ def _begin_compiling(_: CallbackArgs) -> None:
         warm_up_inductor()
 
 
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def _end_compiling(_: CallbackArgs) -> None:
     _PAUSE.end()
 
@@ -92,10 +99,16 @@ _listen()  # this module is imported when somebody asks torch.compile for this b
 
 
 class _Compiler:
-    """Compiles what one graph of Dynamo becomes: an inference graph, or a forward graph and later its backward."""
+    """Compiles what one graph of Dynamo becomes: an inference graph, or a forward graph and later its backward.
+
+    AOTAutograd keeps it for that backward, as long as there is compiled code. So once the first graph is there it holds
+    neither the model nor its inputs any more.
+    """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
-        store = self.store = find_or_make_store(gm, example_inputs, options)
+        store = find_or_make_store(gm, example_inputs, options)
+        self._store: Callable[[], PageStore | None] = lambda: store
+        self._like_store = functools.partial(PageStore, store.device, rehomed=store.rehomed, takes_in=store.takes_in)
         traced_inputs = None
         if store.rehomed:
             rehome_graph(gm, store.device)
@@ -109,6 +122,9 @@ class _Compiler:
             traced_inputs,
             name="graph" if dump_folder() is None else name_of_caller(example_inputs),
         )
+        self.looks = {
+            index: _view_of(each.weight.name, example_inputs[index]) for index, each in self.capture.weights.items()
+        }
         self.find_store = functools.partial(take_in_caller, options=options)
         self.graphs: list[CompiledGraph] = []
         self.training: Program | None = None
@@ -124,15 +140,23 @@ class _Compiler:
                 compiled = self._rehomed(self.capture.trace(self._compile_graph, self._plan_training))
         self.traced = True
         self._place()
+        self.capture.forget_inputs()
+        self._store = weakref.ref(self.store)
         return compiled
+
+    @property
+    def store(self) -> PageStore:
+        """That of the model. If it is gone when a backward is compiled, an empty one: that runs on its arguments."""
+        store = self._store()
+        if store is None:
+            store = self._like_store()
+            self._store = lambda: store
+        return store
 
     def _rehomed(self, compiled: Callable[..., Any]) -> RehomedCall:
         capture = self.capture
-        weights = {
-            index: _view_of(each.weight.name, capture.example_inputs[index]) for index, each in capture.weights.items()
-        }
         return RehomedCall(
-            compiled, self.store, weights, capture.owned_by_model(), capture.written, self.graphs, self.find_store
+            compiled, self.store, self.looks, capture.owned_by_model(), capture.written, self.graphs, self.find_store
         )
 
     def _plan_training(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
@@ -179,20 +203,12 @@ class _Compiler:
         return graph
 
     def _weight_views(self, program: Program) -> dict[str, WeightView]:
-        views = {}
-        for node, each in program.weight_nodes().items():
-            tensor = self.capture.example_of(node)
-            assert tensor is not None
-            views[node.name] = _view_of(each.weight.name, tensor)
-        return views
+        indices = {node.name: input_index(node) for node in program.weight_nodes()}
+        return {name: self.looks[index] for name, index in indices.items() if index is not None}
 
     def _gradients(self, program: Program) -> dict[int, tuple[WeightView, ...]]:
         """Per step that sends gradients, the parameters that they belong to."""
-        capture = self.capture
-        return {
-            step: tuple(_view_of(capture.weights[each].weight.name, capture.example_inputs[each]) for each in inputs)
-            for step, inputs in program.sends.items()
-        }
+        return {step: tuple(self.looks[each] for each in inputs) for step, inputs in program.sends.items()}
 
     def _place(self) -> None:
         """Move weights to where the plans want them. Only after tracing: it swaps the parameters' memory."""

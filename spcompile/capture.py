@@ -121,6 +121,10 @@ class Capture:
             partition_fn = partition(self.options.compiler, self.is_weight, plan_training, self.for_cuda)
             return _aot(compile_graph, table, partition_fn=partition_fn)(self.gm, self.traced_inputs)
 
+    def forget_inputs(self) -> None:
+        """Hold the model's tensors and its inputs no longer: everything has been traced."""
+        self.example_inputs = self.traced_inputs = ()
+
     def _outline(self, table: Table) -> Outline | None:
         """What of the graph need not be traced more than once: layers of which no gradient is wanted."""
         setting = self.gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
@@ -165,11 +169,6 @@ class Capture:
     def is_weight(self, placeholder: fx.Node) -> bool:
         """Whether a placeholder of an ATen graph carries a weight."""
         return input_index(placeholder) in self.weights
-
-    def example_of(self, placeholder: fx.Node) -> Tensor | None:
-        """The model's own tensor behind a placeholder that carries a weight."""
-        index = input_index(placeholder)
-        return self.example_inputs[index] if index is not None and index in self.weights else None
 
     def owned_by_model(self) -> frozenset[int]:
         """Indices of the inputs that are no weights but belong to the model itself: its buffers."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -15,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile
 from spcompile.planner.choose import least_capacity_bytes
+from spcompile.runtime.store import find_store
 from spcompile.runtime.streams import EmulatedStreams
 from tests.models import Spec
 from tests.running import compile_offloaded
@@ -188,3 +191,64 @@ def test_small_pages_are_merged_only_where_there_is_room_for_them_merged() -> No
         run = compile_offloaded(model, budget=budget)
         assert torch.equal(run.model(x), expected)
     assert run.plan.peak_bytes() <= budget
+
+
+def test_a_backward_inside_of_a_compiled_function_does_not_hang() -> None:
+    """Dynamo looked at the function which it calls when it begins to compile, and waited for a lock that it held. In a
+    process of its own, as one that hangs can be stopped by nothing else."""
+    code = """
+import torch, spcompile
+from torch import nn
+model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+def step(x):
+    loss = model(x).pow(2).sum()
+    loss.backward()
+    return loss
+x = torch.randn(2, 8)
+plain = step(x).item()
+for backend, options in (("superpipeline", {"k": 2, "compiler": "eager", "device": "cpu"}), ("aot_eager", None)):
+    assert abs(torch.compile(step, backend=backend, options=options)(x).item() - plain) < 1e-5
+print("done")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert ended.stdout.strip() == "done", ended.stderr
+
+
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_compiled_code_of_a_backward_keeps_no_model_alive(is_offloaded: bool) -> None:
+    """AOTAutograd keeps what compiles backward as long as there is code; it held the parameters and the first batch."""
+    alive: list[Callable[[], object]] = []
+    for count in (2, 3):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count)))
+        if is_offloaded:
+            spcompile.offload(model, "cpu")
+        fast = torch.compile(model, backend="superpipeline", options={"k": 2, "compiler": "eager", "device": "cpu"})
+        x = torch.randn(2, 8)
+        if count == 2:
+            fast(x).sum().backward()
+        else:
+            fast(x)  # its backward is never compiled
+        alive += [weakref.ref(each) for each in (x, *model.parameters())]
+        store = find_store(model.parameters())
+        assert store is not None
+        alive.append(weakref.ref(store))
+    del model, fast, x, store
+    gc.collect()
+    assert [each() for each in alive] == [None] * len(alive)
+
+
+def test_a_backward_that_is_compiled_when_its_model_is_gone() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    x = torch.randn(2, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    expected = x.grad
+    fast = torch.compile(
+        spcompile.offload(model, "cpu"), backend="superpipeline", options={"k": 2, "compiler": "eager"}
+    )
+    loss = fast(x).sum()
+    spcompile.restore(model)
+    del model, fast
+    gc.collect()
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert torch.equal(gradient, expected)
