@@ -7,12 +7,14 @@ the homes are what counts: device copies of weights are only copies (`PageStore.
 Gradients come the same way. At the end of each backward, when they have arrived in host memory, the parameter on the
 host gets a ``.grad`` that looks at the memory of the model's parameter's ``.grad``: it is one gradient with two faces,
 added up, clipped and zeroed through either. Only setting one of the two to None leaves no trace on the other one; the
-next backward, and the next optimizer step, look for that before they start. A gradient that is not in such memory (of
+next backward, and the next optimizer step, look for that before they start. Of a backward not all may be compiled: so
+each parameter looks once more just before a gradient is added to its own. A gradient that is not in such memory (of
 an eager backward, or in another precision) is copied, and copied back where it was changed.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,7 @@ class _Pair:
         name: of the weight.
         is_master: whether the one on the host has memory of its own, in another precision.
         shown: the gradient of the model's parameter that the host's shows, and the versions of both since they agree.
+        is_watched: whether the model's parameter looks, before its gradient is added to, what became of the host's.
     """
 
     model: TensorWeakRef
@@ -42,6 +45,40 @@ class _Pair:
     name: str
     is_master: bool
     shown: tuple[TensorWeakRef, int, int] | None = None
+    is_watched: bool = False
+
+    def follow_zeroing(self, store: PageStore) -> None:
+        """If the gradient was set to None, or changed, on one side, have it so on the other one."""
+        model, host = self.model(), self.host()
+        if self.shown is None or model is None or host is None:
+            return
+        gradient, _, host_version = self.shown
+        if model.grad is None:
+            host.grad, self.shown = None, None
+        elif model.grad is not gradient():
+            return
+        elif host.grad is None:
+            model.grad, self.shown = None, None
+        elif store.gradients.find(model.grad) is None and _version(host.grad) != host_version:
+            model.grad.copy_(host.grad)
+            self.agree(model.grad, host.grad)
+
+    def agree(self, gradient: Tensor, shown: Tensor) -> None:
+        """The gradient of the model's parameter and that of the host's are the same now."""
+        self.shown = TensorWeakRef(gradient), gradient._version, shown._version
+
+    def watch(self, store: PageStore, model: Tensor) -> None:
+        """Have the model's parameter call `follow_zeroing` before its gradient is added to."""
+        held = weakref.ref(store)
+
+        def before_adding(_: Tensor) -> None:
+            store = held()
+            if store is not None:
+                with real_tensors():
+                    self.follow_zeroing(store)
+
+        model.register_hook(before_adding)  # type: ignore[no-untyped-call]
+        self.is_watched = True
 
 
 class HostParameters:
@@ -111,7 +148,9 @@ class HostParameters:
                     host.grad = model.grad.to("cpu", host.dtype, copy=True)
                 else:
                     host.grad.copy_(model.grad)
-                pair.shown = TensorWeakRef(model.grad), model.grad._version, _version(host.grad)
+                pair.agree(model.grad, host.grad)
+                if not pair.is_watched and model.requires_grad:
+                    pair.watch(store, model)
 
     @staticmethod
     def _is_news(pair: _Pair, gradient: Tensor) -> bool:
@@ -144,18 +183,8 @@ class HostParameters:
     def follow_zeroing(self, store: PageStore) -> None:
         """A gradient that was set to None, or changed, on one side is so on the other one."""
         with real_tensors():
-            for pair, model, host in self._living():
-                if pair.shown is None:
-                    continue
-                gradient, _, host_version = pair.shown
-                if model.grad is None:
-                    host.grad, pair.shown = None, None
-                elif model.grad is not gradient():
-                    continue
-                elif host.grad is None:
-                    model.grad, pair.shown = None, None
-                elif store.gradients.find(model.grad) is None and _version(host.grad) != host_version:
-                    model.grad.copy_(host.grad)
+            for pair in self._pairs:
+                pair.follow_zeroing(store)
 
     def write_masters(self, store: PageStore) -> None:
         """After an optimizer step: copies in another precision go to the weights' homes."""

@@ -506,3 +506,43 @@ def test_no_gradient_is_kept_twice(way: str) -> None:
     own = gradient_addresses(list(trainee.model.parameters()))
     assert hosts
     assert all(address == hosts[index] for index, address in own.items())
+
+
+class Mixed(nn.Module):
+    """A compiled body between an eager stem and an eager head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(torch.tanh(self.stem(x))))
+        return y
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("to_none", [False, True])
+def test_where_a_part_of_backward_is_eager(is_compiled: bool, to_none: bool) -> None:
+    """Gradients of what ran before the first compiled graph of a backward were added to those of the step before, and
+    then thrown away with them."""
+    model = Mixed()
+    plain = copy.deepcopy(model)
+    spcompile.offload(model, "cpu")
+    if is_compiled:
+        model.body.compile(backend="superpipeline", options={"k": 2, "compiler": "eager"})
+    optimizers = [torch.optim.SGD(parameters, 0.1) for parameters in (list(plain.parameters()), host_parameters(model))]
+    for _ in range(4):
+        x = torch.randn(4, 8)
+        for each in (plain, model):
+            for half in x.chunk(2):  # gradients of two are added up
+                each(half).pow(2).mean().backward()
+        for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+            assert one.grad is not None
+            assert other.grad is not None
+            assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
