@@ -13,8 +13,8 @@ them.
 
 **Segments** are the runs of equal labels in program order (``runs.py``), **pages** the weights that move together
 (``pages.py``). Neither depends on k and m: plans of one model share compiled segments and host memory. Only where a
-budget, or the device, has no room for whole layers are they cut finer (``cut_finer.py``), and with a budget small pages
-that come one behind the other are merged.
+budget, or the device, has no room for whole layers, or too little for copies to run ahead of compute, are they cut
+finer (``cut_finer.py``), and with a budget small pages that come one behind the other are merged.
 
 The odd case: weights that the graph writes stay out of pages, and are used in place.
 """
@@ -22,7 +22,7 @@ The odd case: weights that the graph writes stay out of pages, and are used in p
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from spcompile.passes.pages import gathers_of, make_pages, merge_pages
 from spcompile.passes.runs import Run, cut_runs, find_runs, gathered_bytes
 from spcompile.planner.choose import least_capacity_bytes
 from spcompile.planner.make_plan import place_graph
+from spcompile.planner.simulate import predict_iteration_us, simulate
 from spcompile.text import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,13 @@ MARGIN_FRACTION = 0.05
 """Part of the device's free memory that a plan leaves alone where nothing was asked for: fragmentation, workspaces."""
 
 PARTS = (2, 3, 4, 6, 8, 12, 16, 32)
-"""Parts of the largest page that are tried as the limit of a page, where whole layers do not fit."""
+"""Parts of the largest page that are tried as the limit of a page, where whole layers leave too little room."""
+
+TRIED_CUTS = 4
+"""Cuts that are placed, of those with room for the smallest plan: the first of them gain most."""
+
+WORTHWHILE = 0.03
+"""A finer cut has to save this part of the time."""
 
 MERGED_COPIES = 4
 """Small pages are merged until their bytes take so many times as long as a copy takes beside its bytes..."""
@@ -67,18 +74,14 @@ def make_schedule(program: Program) -> None:
     written = frozenset(weight for each in program.graphs for weight in written_weights(each))
     for each in program.graphs:
         each.written = written
-    runs = find_runs(program)
+    runs: Sequence[Run] = find_runs(program)
     graph = _schedule(program, runs, sends=False)
     if program.backward is not None and not _keeps_all(program, graph):
         graph = _schedule(program, runs)
-    if not _has_room(program, graph):
-        graph = _cut_to_fit(program, runs, graph)
-    else:
-        merge_bytes = _merge_limit_bytes(program, graph)
-        if merge_pages(program, runs, graph.pages, merge_bytes) != graph.pages:
-            merged = _schedule(program, runs, merge_bytes)
-            graph = merged if _has_room(program, merged) else graph
-    plan = _place(program, graph)
+    runs, plan = _choose_cut(program, runs, _with_merged_pages(program, runs, graph))
+    for index, run in enumerate(runs):
+        for node in run.nodes:
+            node.meta[SEGMENT] = index
     for each in program.graphs:
         each.plan = plan
 
@@ -121,22 +124,66 @@ def _merge_limit_bytes(program: Program, graph: Plan) -> int:
     return min(worthwhile_bytes, capacity_bytes // MERGED_PARTS)
 
 
-def _cut_to_fit(program: Program, runs: Sequence[Run], whole: Plan) -> Plan:
-    """The graph cut finer and finer, until the smallest plan fits; the graph in whole layers where it never does."""
-    largest_bytes = max((page.nbytes for page in whole.pages), default=0)
-    smallest, n_runs = whole, len(runs)
-    for parts in PARTS:
-        cut = cut_runs(runs, largest_bytes // parts)
-        if len(cut) == n_runs:
+def _with_merged_pages(program: Program, runs: Sequence[Run], graph: Plan) -> Plan:
+    """The graph with small pages merged, where there is still room for it then."""
+    if not _has_room(program, graph):
+        return graph
+    merge_bytes = _merge_limit_bytes(program, graph)
+    if merge_pages(program, runs, graph.pages, merge_bytes) == graph.pages:
+        return graph
+    merged = _schedule(program, runs, merge_bytes)
+    return merged if _has_room(program, merged) else graph
+
+
+def _choose_cut(program: Program, runs: Sequence[Run], whole: Plan) -> tuple[Sequence[Run], Plan]:
+    """How finely layers are cut, and the plan that this leads to.
+
+    They stay whole where there is room for copies to run ahead. Otherwise they are cut finer: two slots for thirds of
+    layers take a third of the memory. That costs compilation, and fusion across the cuts, so it has to be worthwhile.
+    Where a slowdown is given, they are only cut to fit at all.
+    """
+    if program.options.k is not None:
+        return runs, _place(program, whole)
+    best: tuple[Sequence[Run], Plan] | None = None
+    smallest, tries_left = whole, TRIED_CUTS
+    for cut, graph in _cuts(program, runs, whole):
+        if not _has_room(program, graph):
+            smallest = min(smallest, graph, key=_least_bytes)
             continue
-        n_runs = len(cut)
-        graph = _schedule(program, cut)
-        if _has_room(program, graph):
-            return graph
-        smallest = min(smallest, graph, key=_least_bytes)
+        plan = _place(program, graph)
+        if best is None or _us(plan) < (1 - WORTHWHILE) * _us(best[1]):
+            best = cut, plan
+        tries_left -= 1
+        if not tries_left or program.options.max_slowdown is not None or not _waits(best[1]):
+            break
+    if best is not None:
+        return best
     if program.options.budget is not None:
         raise OptionError(_infeasible(smallest, program.options.budget))
-    return _schedule(program, runs)
+    return runs, _place(program, whole)
+
+
+def _cuts(program: Program, runs: Sequence[Run], whole: Plan) -> Iterator[tuple[Sequence[Run], Plan]]:
+    """The graph in whole layers, and cut finer and finer."""
+    yield runs, whole
+    largest_bytes = max((page.nbytes for page in whole.pages), default=0)
+    n_runs = len(runs)
+    for parts in PARTS:
+        cut = cut_runs(runs, largest_bytes // parts)
+        if len(cut) > n_runs:
+            n_runs = len(cut)
+            yield cut, _schedule(program, cut)
+
+
+def _us(plan: Plan) -> float:
+    assert plan.machine is not None
+    return predict_iteration_us(plan, plan.machine)
+
+
+def _waits(plan: Plan) -> bool:
+    """Whether neither compute nor the link is busy all the time, so that copies which start earlier would help."""
+    assert plan.machine is not None
+    return _us(plan) > (1 + WORTHWHILE) * simulate(plan, plan.machine).bound_us
 
 
 def _least_bytes(graph: Plan) -> int:
@@ -144,7 +191,7 @@ def _least_bytes(graph: Plan) -> int:
 
 
 def _schedule(program: Program, runs: Sequence[Run], merge_bytes: int = 0, *, sends: bool = True) -> Plan:
-    """The graph with pages, steps and what is known of their costs, not placed. Sets ``node.meta[SEGMENT]``.
+    """The graph with pages, steps and what is known of their costs, not placed.
 
     Args:
         merge_bytes: layers' pages that come one behind the other are merged up to this.
@@ -160,15 +207,13 @@ def _schedule(program: Program, runs: Sequence[Run], merge_bytes: int = 0, *, se
     steps = []
     seen: dict[str, int] = {}
     costs = _costs(program, runs, sent)
-    for index, (run, cost, rows_bytes) in enumerate(zip(runs, costs, gathered, strict=True)):
-        for node in run.nodes:
-            node.meta[SEGMENT] = index
+    for run, cost, rows_bytes, made in zip(runs, costs, gathered, sent, strict=True):
         label = f"{run.label}.backward" if run.is_backward else run.label
         count = seen[label] = seen.get(label, -1) + 1
         reads = dict.fromkeys(page_of[weight] for weight in run.reads if weight in page_of)
         name = f"{label}#{count}" if count else label
         gathers = tuple(gathers_of(pages, tuple(reads), run.reads, rows_bytes))
-        sent_bytes = sum(nbytes_of(tensor) for node in sent[index] for tensor in tensors_of(node))
+        sent_bytes = sum(nbytes_of(tensor) for node in made for tensor in tensors_of(node))
         times_and_bytes = cost.compute_us, cost.activations_bytes, gathers, sent_bytes
         steps.append(Step(name, run.layer, tuple(reads), *times_and_bytes))
     unplaced = Plan(program.device, 1, 1, program.wraps, pages, leftovers, (), tuple(steps), (), 1, ())

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 import spcompile
 from spcompile.backend import BackendError
 from spcompile.ir import Plan
+from spcompile.planner.simulate import predict_iteration_us
 
 WIDTH = 64
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.down(torch.relu(self.up(x)))
@@ -37,9 +38,9 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make(n_layers: int = 6) -> nn.Module:
+def make(n_layers: int = 6, width: int = WIDTH) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*(Block() for _ in range(n_layers))).eval()
+    return nn.Sequential(*(Block(width) for _ in range(n_layers))).eval()
 
 
 def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
@@ -152,10 +153,40 @@ def test_layers_that_are_too_large_are_cut_finer(compiler: str) -> None:
     assert max(page.nbytes for page in plan.pages) < page_bytes
 
 
-def test_where_whole_layers_fit_nothing_is_cut() -> None:
+def test_where_copies_of_whole_layers_can_run_ahead_nothing_is_cut() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    two_slots_bytes = planned(model, x, k=2).peak_bytes()
+    assert planned(model, x, budget=two_slots_bytes).pages == planned(model, x, k=1).pages
+
+
+def test_layers_are_cut_finer_where_copies_of_whole_ones_could_not_run_ahead() -> None:
+    """There is room for one layer at a time, so compute and copies would take turns; of halves two are on their way."""
+    model, x = make(width=1024), torch.randn(512, 1024)
+    whole = planned(model, x, k=1)
+    budget = whole.tradeoff()[0].peak_bytes
+    plan = planned(model, x, budget=budget)
+    assert whole.machine is not None
+    assert len(plan.pages) == 2 * len(whole.pages)
+    assert plan.peak_bytes() <= budget
+    assert predict_iteration_us(plan, whole.machine) < 0.9 * predict_iteration_us(whole, whole.machine)
+    fast = compiled(spcompile.offload(make(width=1024), device="cpu"), budget=budget)
+    with torch.no_grad():
+        assert all(torch.equal(fast(x), model(x)) for _ in range(3))
+    in_force = spcompile.plan(fast)
+    assert isinstance(in_force, Plan)
+    assert in_force.pages == plan.pages
+
+
+def test_layers_stay_whole_where_more_copies_would_take_longer() -> None:
+    """The copies of small layers take their fixed time: half as large ones take it twice."""
     model, x = make(), torch.randn(3, WIDTH)
     least_bytes = planned(model, x, k=1).tradeoff()[0].peak_bytes
     assert planned(model, x, budget=least_bytes).pages == planned(model, x, k=1).pages
+
+
+def test_with_a_slowdown_layers_are_cut_only_to_fit() -> None:
+    model, x = make(), torch.randn(3, WIDTH)
+    assert planned(model, x, max_slowdown=100.0).pages == planned(model, x, k=1).pages
 
 
 def test_pages_that_were_cut_stay_so() -> None:
