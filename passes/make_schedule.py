@@ -75,10 +75,16 @@ def make_schedule(program: Program) -> None:
     for each in program.graphs:
         each.written = written
     runs: Sequence[Run] = find_runs(program)
-    graph = _schedule(program, runs, sends=False)
+    all_stays = graph = _schedule(program, runs, sends=False)
     if program.backward is not None and not _keeps_all(program, graph):
         graph = _schedule(program, runs)
-    runs, plan = _choose_cut(program, runs, _with_merged_pages(program, runs, graph))
+    try:
+        runs, plan = _choose_cut(program, runs, _with_merged_pages(program, runs, graph))
+    except OptionError:
+        # Gradients that leave for host memory may take longer than a slowdown allows: then none does.
+        if program.options.max_slowdown is None or graph is all_stays or not _has_room_for_all(program, all_stays):
+            raise
+        plan = place_graph(all_stays)
     for index, run in enumerate(runs):
         for node in run.nodes:
             node.meta[SEGMENT] = index
@@ -91,8 +97,13 @@ def _keeps_all(program: Program, graph: Plan) -> bool:
     options = program.options
     if options.k is not None:
         return options.k >= len(graph.pages) + program.elsewhere_pages
+    return options.max_slowdown is None and _has_room_for_all(program, graph)
+
+
+def _has_room_for_all(program: Program, graph: Plan) -> bool:
+    """Whether the memory that was asked for, or is free, is enough for all weights at once."""
     capacity_bytes = _capacity_bytes(program, graph)
-    return options.max_slowdown is None and (capacity_bytes is None or capacity_bytes >= graph.weights_bytes)
+    return capacity_bytes is None or capacity_bytes >= graph.weights_bytes
 
 
 def _has_room(program: Program, graph: Plan) -> bool:

@@ -324,3 +324,19 @@ def test_small_pages_are_merged_for_the_link() -> None:
     assert any(".." in page.name for page in plan.pages)
     assert max(page.nbytes for page in plan.pages) == max(page.nbytes for page in single.pages)
     assert planned(plain, x, k=4).pages == single.pages  # k counts layers
+
+
+def test_in_training_a_slowdown_that_gradients_on_their_way_exceed_keeps_all() -> None:
+    """Each layer's gradients take longer to leave than the layer to compute, so that no plan was found."""
+    model, x = spcompile.offload(make(), device="cpu"), torch.randn(3, WIDTH)
+    fast = compiled(model, max_slowdown=1.05)
+    fast(x).sum().backward()
+    plan = spcompile.plan(fast)
+    assert isinstance(plan, Plan)
+    assert (len(plan.residents), plan.gradients_bytes) == (len(plan.pages), 0)
+    roomy = compiled(spcompile.offload(make(), device="cpu"), max_slowdown=100.0)
+    roomy(x).sum().backward()
+    lean = spcompile.plan(roomy)
+    assert isinstance(lean, Plan)
+    assert lean.gradients_bytes > 0
+    assert lean.peak_bytes() < plan.peak_bytes()
