@@ -323,7 +323,9 @@ def _infeasible(graph: Plan, budget_bytes: int) -> str:
         message += f" (the largest page is {page.name!r} with {format_bytes(page.nbytes)})"
     step = max(graph.steps, key=lambda step: step.activations_bytes, default=None)
     if step is not None and step.activations_bytes:
-        message += f", and {format_bytes(step.activations_bytes)} for the values of segment {step.segment!r}"
+        message += f", {format_bytes(step.activations_bytes)} for the values of segment {step.segment!r}"
+    if graph.workspace_bytes:
+        message += f", {format_bytes(graph.workspace_bytes)} for the workspaces of libraries"
     if graph.other_bytes:
-        message += f", and {format_bytes(graph.other_bytes)} are held by other tensors of the process"
+        message += f", {format_bytes(graph.other_bytes)} are held by other tensors of the process"
     return message
