@@ -44,6 +44,20 @@ class Stack(nn.Module):
         return y
 
 
+class Scaled(Stack):
+    """Ends in a scale that is too small for a page; may also do nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        if not tokens.is_floating_point():
+            tokens = super().forward(tokens, scale=scale)
+        y: Tensor = torch.tanh(tokens) * self.scale
+        return y
+
+
 class Broken(Stack):
     """The graph breaks in front of the head."""
 
@@ -200,6 +214,23 @@ def test_another_graph_of_the_model_keeps_the_pages() -> None:
     assert (other.k, other.m) == (3, 2)
     assert spcompile.plan(run.model) == run.plan
     assert run.plan.k == 2
+
+
+def test_another_graph_of_the_model_leaves_the_same_weights_outside_the_pages() -> None:
+    """Else a later graph would have a page more, and stream although k was enough for the first."""
+    model = Scaled().eval()
+    with torch.no_grad():
+        before = spcompile.plan(model, (tokens(),), k=5, compiler="eager", device="cpu")
+        run = compile_offloaded(model, k=5)
+        for inputs in (tokens(3), tokens(5), torch.ones(4)):
+            run.model(inputs)
+        after = spcompile.plan(model, (tokens(),), k=5, compiler="eager")
+    plans = [runtime.plan for runtime in run.store.runtimes()]
+    assert before.pages == after.pages == plans[0].pages
+    leftovers = [[weight.name for weight in plan.leftovers] for plan in (before, after, *plans)]
+    assert leftovers == [["scale"]] * 5
+    assert [len(plan.pages) for plan in plans] == [5, 5, 0]
+    assert not any(plan.intervals for plan in plans)
 
 
 def test_graph_breaks_make_several_plans() -> None:
