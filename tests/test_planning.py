@@ -262,6 +262,34 @@ def test_a_second_graph_of_the_model_makes_several_plans_in_force() -> None:
     assert plans[0] == first
 
 
+class ByValue(Stack):
+    """Branches on a value of a tensor."""
+
+    def forward(self, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        x: Tensor = super().forward(tokens, scale=scale)
+        return x * 2 if tokens.sum().item() >= 0 else x
+
+
+class Ragged(Stack):
+    """As many pieces as a tensor says, like the images of Qwen2-VL."""
+
+    def forward(self, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        x: Tensor = super().forward(tokens, scale=scale)
+        sizes = torch.repeat_interleave(torch.ones_like(tokens), tokens * 0 + 1).tolist()
+        return torch.cat([piece.softmax(0) for piece in torch.split(x, sizes)])
+
+
+@pytest.mark.parametrize("kind", [ByValue, Ragged])
+def test_a_model_whose_graph_depends_on_values_is_planned_in_pieces(kind: type[Stack]) -> None:
+    """torch demands a whole graph with other exceptions here than for other graph breaks."""
+    model = kind().eval()
+    with torch.no_grad():
+        plans = spcompile.plan(model, (tokens(),), k=2, device="cpu", compiler="eager")
+        assert any(plan.intervals for plan in (plans if isinstance(plans, Plans) else (plans,)))
+        with pytest.raises(spcompile.OptionError, match="planned only if it is one graph, and this one breaks"):
+            spcompile.plan(kind().to("meta"), (tokens().to("meta"),), k=2, device="cpu", compiler="eager")
+
+
 @pytest.mark.skipif(
     "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
     reason="this torch cannot keep recompiles of a plan apart from the model's own",
