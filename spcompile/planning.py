@@ -68,8 +68,8 @@ def plan(
         annotation says Any for the latter, so that nobody has to tell a type checker that the model is one graph.)
 
     Raises:
-        OptionError: an option is wrong or impossible, or inputs were given for a model without values that has graph
-            breaks.
+        OptionError: an option is wrong or impossible, ``args`` or ``kwargs`` are no collection of arguments, or inputs
+            were given for a model without values that has graph breaks.
     """
     options = parse_options(
         {
@@ -85,6 +85,7 @@ def plan(
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, torch.nn.Module):
         raise OptionError(f"plan needs a torch.nn.Module or what torch.compile made of one, not {type(model).__name__}")
+    _check_arguments(args, kwargs)
     if args or kwargs:
         programs = capture_programs(inner, tuple(args), dict(kwargs or {}), options)
         return _one_or_all([program.planned() for program in programs])
@@ -99,6 +100,21 @@ def plan(
                 "(TORCH_LOGS=graph_breaks shows why). Planning for example inputs instead"
             )
     return plan_guessed(inner, options)
+
+
+def _check_arguments(args: Any, kwargs: Any) -> None:
+    """One tensor in place of a tuple is not taken as the only argument: torch.export does not either, and a list of
+    tensors could mean both."""
+    if not isinstance(args, (tuple, list)):
+        raise OptionError(
+            f"args must be a tuple of the model's positional arguments, not one {type(args).__name__}: write "
+            "spcompile.plan(model, (x,))"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise OptionError(
+            f"kwargs must be a dict of the model's keyword arguments, not one {type(kwargs).__name__}: write "
+            "spcompile.plan(model, (x, y)) for two positional ones"
+        )
 
 
 def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None = None) -> Plan | Plans:

@@ -367,6 +367,19 @@ def test_inputs_that_the_model_does_not_take() -> None:
         spcompile.plan(Stack(), (tokens(), tokens()), k=2)
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (tokens(), None, "args must be a tuple of the model's positional arguments, not one Tensor"),
+        ({"tokens": tokens()}, None, "args must be a tuple of the model's positional arguments, not one dict"),
+        ((tokens(),), 0.5, "kwargs must be a dict of the model's keyword arguments, not one float"),
+    ],
+)
+def test_inputs_that_are_no_arguments(args: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(spcompile.OptionError, match=message):
+        spcompile.plan(Stack(), args, kwargs, k=2)
+
+
 def test_two_windows_of_one_model_have_a_plan_each() -> None:
     model = spcompile.offload(Stack(), device="cpu").eval()
     torch._dynamo.reset()
