@@ -27,6 +27,7 @@ from spcompile.ir import Plan, Plans
 from spcompile.options import Options, parse_options
 from spcompile.runtime.host import free_device_bytes
 from spcompile.runtime.store import find_store
+from spcompile.runtime.weights import why_nothing_streams
 from spcompile.weights_only import plan_weights_only
 
 logger = logging.getLogger(__name__)
@@ -95,9 +96,13 @@ def plan(
             return _one_or_all(plans)
         if inner is not model:
             options = _options_of(model) or options
+            reason = why_nothing_streams(inner)
             logger.warning(
+                "%s. Planning for example inputs instead",
                 "no plan is in force: the compiled model has not run yet, or nothing of it was compiled "
-                "(TORCH_LOGS=graph_breaks shows why). Planning for example inputs instead"
+                "(TORCH_LOGS=graph_breaks shows why)"
+                if reason is None
+                else f"no plan is in force: nothing of this model is streamed ({reason})",
             )
     return plan_guessed(inner, options)
 
