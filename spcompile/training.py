@@ -92,7 +92,7 @@ def _host_parameter(parameter: nn.Parameter, master_dtype: torch.dtype | None) -
             f"a parameter of shape {tuple(parameter.shape)} is on {parameter.device}, not in host memory: call "
             "spcompile.offload(model) first, or run the compiled model once"
         )
-    is_own = tag is None or tag.store.rehomed or (tag.store.takes_in and parameter.device.type == "cpu")
+    is_own = tag is None or tag.store.has_cpu_parameters
     if is_own and master_dtype in (None, parameter.dtype):
         return parameter
     if tag is None:
