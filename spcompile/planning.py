@@ -122,13 +122,19 @@ def _check_arguments(args: Any, kwargs: Any) -> None:
         )
 
 
-def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None = None) -> Plan | Plans:
+def plan_guessed(
+    model: nn.Module,
+    options: Options,
+    shape: Sequence[int] | None = None,
+    advice: str = "Give the model's inputs as args and kwargs",
+) -> Plan | Plans:
     """The plan of a model for the first example inputs that can be traced, or for its weights alone.
 
     Args:
         model: with or without values. Where it has values and graph breaks, the pieces before the last one run.
         options: what is asked for.
         shape: of the main input, where it is known; then there is no plan for anything else.
+        advice: what to do where no inputs can be guessed.
 
     Raises:
         OptionError: the plan that was asked for is impossible, or inputs of that shape cannot be traced.
@@ -151,16 +157,17 @@ def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None
     if shape is not None:
         tried = "; ".join(failures) or "what kind of input it takes is not known: give example inputs to spcompile.plan"
         raise OptionError(f"the model cannot be traced with an input of shape {list(shape)} ({tried})")
-    return _plan_weights_only(model, options, failures)
+    return _plan_weights_only(model, options, failures, advice)
 
 
-def _plan_weights_only(model: nn.Module, options: Options, failures: Sequence[str]) -> Plan:
+def _plan_weights_only(model: nn.Module, options: Options, failures: Sequence[str], advice: str) -> Plan:
     reason = "no example inputs could be found"
     if failures:
         reason += f" ({len(failures)} guessed, none could be traced)"
     logger.warning(
-        "weights only: %s, so activations and compute are left out. Give the model's inputs as args and kwargs%s",
+        "weights only: %s, so activations and compute are left out. %s%s",
         reason,
+        advice,
         f" (first guess, {failures[0]})" if failures else "",
     )
     store = find_store(model.parameters())
