@@ -61,6 +61,7 @@ class Program:
         other_bytes: what the process holds on the device beside the model and the graph's inputs.
         elsewhere_pages: how many pages the parts of the model make, or will make, that this graph does not read.
         known_pages: pages that earlier graphs of the same model made; a weight never changes its page.
+        known_leftovers: weights that earlier graphs of the same model left outside the pages.
         known_residents: names of pages that earlier graphs keep on the device.
         forward, backward: in training, the two graphs know each other: they are planned together, and everything about
             the plan is said of the forward one.
@@ -90,6 +91,7 @@ class Program:
     other_bytes: int = 0
     elsewhere_pages: int = 0
     known_pages: tuple[Page, ...] = ()
+    known_leftovers: frozenset[Weight] = frozenset()
     known_residents: frozenset[str] = frozenset()
     forward: Program | None = None
     backward: Program | None = None

@@ -280,6 +280,7 @@ def _place(program: Program, graph: Plan) -> Plan:
     residents = tuple(index for index, page in enumerate(graph.pages) if page.name in program.known_residents)
     place = partial(place_graph, graph, residents=residents, elsewhere_pages=program.elsewhere_pages)
     if options.k is not None:
+        _check_pages_of_parts(program, graph, options.k)
         return place(k=options.k, m=options.m)
     capacity_bytes = _capacity_bytes(program, graph)
     try:
@@ -291,6 +292,25 @@ def _place(program: Program, graph: Plan) -> Plan:
         logger.warning("%s; streaming everything", error)
         widest = max(len(step.reads) for step in graph.steps)
         return place(k=max(widest, min(2, len(graph.pages) - 1)), m=1)
+
+
+def _check_pages_of_parts(program: Program, graph: Plan, k: int) -> None:
+    """Refuse a k that is too little only because a part of the model was compiled by itself, with layers of its own: a
+    weight keeps its page, so what is one page for this graph are several. Pages that the same layers read are such."""
+    readers: dict[int, set[str]] = {}
+    for step in graph.steps:
+        for page in step.reads:
+            readers.setdefault(page, set()).add(step.layer or step.segment)
+    for step in graph.steps:
+        known = [page for page in step.reads if graph.pages[page] in program.known_pages]
+        alone = {frozenset(readers[page]) for page in step.reads}
+        if len(alone) <= k < len(step.reads) and len(known) > 1:
+            raise OptionError(
+                f"option 'k' must be at least {len(step.reads)} for this model, not {k}: its weights have pages of a "
+                f"part that was compiled before ({graph.pages[known[0]].name!r}, {graph.pages[known[1]].name!r}), and "
+                f"segment {step.segment!r} reads {len(step.reads)} of them at once. To have other pages made, call "
+                "spcompile.restore, spcompile.offload and torch._dynamo.reset, and compile the whole model first"
+            )
 
 
 def place_uncut(program: Program, graph: Plan) -> Plan:

@@ -5,7 +5,8 @@ the layer runs; a weight tied between two places is a page of its own, so that n
 weights. Tables outside the layers of which only rows are read are apart from what is read whole: they may be read in
 place. Small weights outside the layers are leftovers: a copy takes its time whatever its size.
 
-A weight keeps the page that an earlier graph of the model gave it.
+A weight keeps the page that an earlier graph of the model gave it, and a leftover stays one: graphs that disagreed
+would move it to and fro, and the later one would count a page more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def make_pages(
         for weight in run.reads:
             readers.setdefault(weight, {})[run.label] = None
     known = {weight.name: page for page in program.known_pages for weight in page.weights}
+    left_before = _known_leftovers(program)
     layer_labels = {run.label for run in runs if run.layer is not None}
     # Tables outside the layers, of which only rows are read, are pages of their own: they may be read in place.
     tables = {weight for run, rows in zip(runs, gathered, strict=True) if run.layer is None for weight in rows}
@@ -39,14 +41,14 @@ def make_pages(
             continue
         if weight.name in known:
             used[known[weight.name]] = None
-        else:
+        elif weight not in left_before:
             groups.setdefault((tuple(labels), weight in tables), []).append(weight)
     taken = {page.name for page in program.known_pages}
     fresh = []
     for (group, _), members in groups.items():
         in_layer = any(label in layer_labels for label in group)
         fresh.append((Page(_page_name(group, members, taken), tuple(_in_model_order(program, members))), in_layer))
-    largest = max((page.nbytes for page, _ in fresh), default=0)
+    largest = max((page.nbytes for page in (*used, *(page for page, _ in fresh))), default=0)
     for page, in_layer in fresh:
         if in_layer or page.nbytes * LEFTOVER_FRACTION >= largest:
             used[page] = None
@@ -54,6 +56,12 @@ def make_pages(
     order = {weight: index for index, weight in enumerate(readers)}
     pages = sorted(used, key=lambda page: min(order.get(weight, len(order)) for weight in page.weights))
     return tuple(pages), tuple(weight for weight in readers if weight not in paged)
+
+
+def _known_leftovers(program: Program) -> frozenset[Weight]:
+    """Leftovers of earlier graphs that are small: large ones are those that a graph has updated in place."""
+    largest = max((page.nbytes for page in program.known_pages), default=0)
+    return frozenset(each for each in program.known_leftovers if each.nbytes * LEFTOVER_FRACTION < largest)
 
 
 def gathers_of(

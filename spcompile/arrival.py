@@ -10,8 +10,10 @@ therefore looked for among the modules that are being called: the outermost whos
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -25,7 +27,9 @@ from spcompile.options import Options
 from spcompile.runtime.host import compute_device
 from spcompile.runtime.optimizers import watch_optimizers
 from spcompile.runtime.store import PageStore
-from spcompile.runtime.weights import storage_key, tag_of, what_is_special
+from spcompile.runtime.weights import storage_key, tag_of, what_is_special, why_nothing_streams
+
+logger = logging.getLogger(__name__)
 
 
 def find_or_make_store(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> PageStore:
@@ -48,6 +52,7 @@ def find_or_make_store(gm: fx.GraphModule, example_inputs: Sequence[Any], option
         _check_device(options, stores[0].device, "compiled for" if stores[0].rehomed else "offloaded for")
         return stores[0]
     if not weights:
+        _tell_if_nothing_streams(tensors)
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         return PageStore(device)
     store = _new_store(weights, options)
@@ -76,6 +81,14 @@ def take_in_caller(arguments: Sequence[Tensor], options: Options) -> PageStore |
     store = _new_store(weights, options)
     _take_in(store, named, weights[0].device)
     return store
+
+
+def _tell_if_nothing_streams(inputs: Sequence[Tensor]) -> None:
+    """A graph without weights is common between graph breaks; a model without any is worth a word."""
+    model = _running_model(frozenset(map(id, inputs)))
+    reason = None if model is None else why_nothing_streams(model)
+    if reason is not None:
+        logger.warning("nothing of this %s can be streamed: %s", type(model).__name__, reason)
 
 
 def name_of_caller(inputs: Sequence[Any]) -> str:
@@ -127,7 +140,7 @@ def _named_parameters(weights: Sequence[nn.Parameter]) -> list[tuple[str, Tensor
 
 
 def _running_model(wanted: frozenset[int]) -> nn.Module | None:
-    """The outermost module, of those that are being called, that holds one of these parameters (given by id).
+    """The outermost module, of those that are being called, that holds one of these tensors (given by id).
 
     Only frames of ``Module.__call__`` are looked into: they end with the call. Until Python 3.12 a frame that was
     looked into goes on holding what its variables were then, and in a caller's frame that may be a model.
@@ -139,7 +152,7 @@ def _running_model(wanted: frozenset[int]) -> nn.Module | None:
         if (
             isinstance(owner, nn.Module)
             and owner is not found
-            and any(id(each) in wanted for each in owner.parameters())
+            and any(id(each) in wanted for each in chain(owner.parameters(), owner.buffers()))
         ):
             found = owner
         frame = frame.f_back

@@ -197,6 +197,7 @@ class Capture:
         free_bytes = free_device_bytes(device) if free_bytes is None else free_bytes
         if store is not None:
             program.known_pages = tuple(store.pages)
+            program.known_leftovers = frozenset(weight for each in store.runtimes() for weight in each.plan.leftovers)
             program.known_residents = frozenset(store.resident_pages())
             free_bytes += store.device_bytes()  # what is placed already can be placed again
         read = {each.weight for each in weights.values()}

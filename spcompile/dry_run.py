@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from spcompile.absent import ABSENT_GPU_BYTES, is_absent, rehome_for_absent_gpu, stand_in_inputs, stand_ins
 from spcompile.capture import Capture, Kind, storage_weights
@@ -37,6 +38,14 @@ from spcompile.text import format_bytes
 from spcompile.transformers_inputs import capturing_hooks
 
 logger = logging.getLogger(__name__)
+
+
+NO_WHOLE_GRAPH = (
+    torch._dynamo.exc.Unsupported,
+    torch._dynamo.exc.UserError,  # a branch on a value, and the like; a kind of Unsupported until torch 2.11
+    GuardOnDataDependentSymNode,  # the same, in places where Dynamo does not wrap it
+)
+"""What Dynamo raises for a model that is more than one graph, where a whole graph is demanded."""
 
 
 class _Stop(BaseException):
@@ -102,7 +111,7 @@ class DryRun:
         """
         try:
             self._call(args, kwargs, fullgraph=True)
-        except torch._dynamo.exc.Unsupported as error:
+        except NO_WHOLE_GRAPH as error:
             if not may_run:
                 reason = first_line(error)
                 raise OptionError(

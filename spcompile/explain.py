@@ -36,6 +36,7 @@ from spcompile.planning import plans_in_force
 from spcompile.runtime.recording import Recorder
 from spcompile.runtime.store import PageStore, find_store
 from spcompile.runtime.streams import EmulatedStreams
+from spcompile.runtime.weights import why_nothing_streams
 from spcompile.text import format_bytes
 from spcompile.viz import visualize
 from spcompile.viz.picture import Picture
@@ -118,6 +119,9 @@ def _store_of(model: Any) -> PageStore:
         raise OptionError(f"a torch.nn.Module is needed, or what torch.compile made of one, not {type(model).__name__}")
     store = find_store(inner.parameters())
     if store is None or not store.runtimes():
+        reason = why_nothing_streams(inner)
+        if reason is not None:
+            raise OptionError(f"there is nothing to explain or record: nothing of this model is streamed ({reason})")
         raise OptionError("there is nothing to explain or record yet: run the compiled model once")
     return store
 

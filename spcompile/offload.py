@@ -74,7 +74,9 @@ def offload(model: Model, device: str | torch.device | None = None) -> Model:
 
     Raises:
         OffloadError: a weight is not a plain dense tensor, or host memory does not suffice. The model works as before.
+            Or it is no module.
     """
+    _check_module("offload", model)
     target = compute_device(device)
     _check_tensors(model)
     watch_optimizers()
@@ -114,8 +116,9 @@ def restore(model: Model, device: str | torch.device = "cpu") -> Model:
         The model.
 
     Raises:
-        OffloadError: there is no such device.
+        OffloadError: there is no such device, or the model is no module.
     """
+    _check_module("restore", model)
     target = compute_device(device)
     tags = {(tag.store, tag.name) for tag in map(tag_of, _tensors(model)) if tag is not None}
     with progress("restoring weights", sum(store.weights[name].nbytes for store, name in tags), "B") as advance:
@@ -137,10 +140,19 @@ def refresh(model: nn.Module) -> None:
 
     Copies on the device count as stale from now on. Edits in place, optimizers and ``load_state_dict`` need no such
     call.
+
+    Raises:
+        OffloadError: the model is no module.
     """
+    _check_module("refresh", model)
     stores = {tag.store for tag in map(tag_of, _tensors(model)) if tag is not None}
     for store in stores:
         store.touch()
+
+
+def _check_module(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise OffloadError(f"{name} needs a torch.nn.Module, not a value of type {type(model).__name__}")
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

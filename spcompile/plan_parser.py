@@ -40,8 +40,10 @@ def read_plan(text: str) -> Plan:
 
     Raises:
         PlanFormatError: the text has no details, or those of another format version; a line is not what it should be;
-            or the details and the part above them do not say the same. The message shows the line.
+            or the details and the part above them do not say the same. The message shows the line. Or it is no text.
     """
+    if not isinstance(text, str):
+        raise PlanFormatError(f"the text of a plan must be a str, not {type(text).__name__}: read the file first")
     lines = [line.rstrip() for line in text.strip("\n").splitlines()]
     titles = [index for index, line in enumerate(lines) if line.startswith("Details, format ")]
     if not titles:

@@ -27,6 +27,7 @@ from spcompile.ir import Plan, Plans
 from spcompile.options import Options, parse_options
 from spcompile.runtime.host import free_device_bytes
 from spcompile.runtime.store import find_store
+from spcompile.runtime.weights import why_nothing_streams
 from spcompile.weights_only import plan_weights_only
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ def plan(
         annotation says Any for the latter, so that nobody has to tell a type checker that the model is one graph.)
 
     Raises:
-        OptionError: an option is wrong or impossible, or inputs were given for a model without values that has graph
-            breaks.
+        OptionError: an option is wrong or impossible, ``args`` or ``kwargs`` are no collection of arguments, or inputs
+            were given for a model without values that has graph breaks.
     """
     options = parse_options(
         {
@@ -85,6 +86,7 @@ def plan(
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, torch.nn.Module):
         raise OptionError(f"plan needs a torch.nn.Module or what torch.compile made of one, not {type(model).__name__}")
+    _check_arguments(args, kwargs)
     if args or kwargs:
         programs = capture_programs(inner, tuple(args), dict(kwargs or {}), options)
         return _one_or_all([program.planned() for program in programs])
@@ -94,20 +96,45 @@ def plan(
             return _one_or_all(plans)
         if inner is not model:
             options = _options_of(model) or options
+            reason = why_nothing_streams(inner)
             logger.warning(
+                "%s. Planning for example inputs instead",
                 "no plan is in force: the compiled model has not run yet, or nothing of it was compiled "
-                "(TORCH_LOGS=graph_breaks shows why). Planning for example inputs instead"
+                "(TORCH_LOGS=graph_breaks shows why)"
+                if reason is None
+                else f"no plan is in force: nothing of this model is streamed ({reason})",
             )
     return plan_guessed(inner, options)
 
 
-def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None = None) -> Plan | Plans:
+def _check_arguments(args: Any, kwargs: Any) -> None:
+    """One tensor in place of a tuple is not taken as the only argument: torch.export does not either, and a list of
+    tensors could mean both."""
+    if not isinstance(args, (tuple, list)):
+        raise OptionError(
+            f"args must be a tuple of the model's positional arguments, not one {type(args).__name__}: write "
+            "spcompile.plan(model, (x,))"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise OptionError(
+            f"kwargs must be a dict of the model's keyword arguments, not one {type(kwargs).__name__}: write "
+            "spcompile.plan(model, (x, y)) for two positional ones"
+        )
+
+
+def plan_guessed(
+    model: nn.Module,
+    options: Options,
+    shape: Sequence[int] | None = None,
+    advice: str = "Give the model's inputs as args and kwargs",
+) -> Plan | Plans:
     """The plan of a model for the first example inputs that can be traced, or for its weights alone.
 
     Args:
         model: with or without values. Where it has values and graph breaks, the pieces before the last one run.
         options: what is asked for.
         shape: of the main input, where it is known; then there is no plan for anything else.
+        advice: what to do where no inputs can be guessed.
 
     Raises:
         OptionError: the plan that was asked for is impossible, or inputs of that shape cannot be traced.
@@ -130,16 +157,17 @@ def plan_guessed(model: nn.Module, options: Options, shape: Sequence[int] | None
     if shape is not None:
         tried = "; ".join(failures) or "what kind of input it takes is not known: give example inputs to spcompile.plan"
         raise OptionError(f"the model cannot be traced with an input of shape {list(shape)} ({tried})")
-    return _plan_weights_only(model, options, failures)
+    return _plan_weights_only(model, options, failures, advice)
 
 
-def _plan_weights_only(model: nn.Module, options: Options, failures: Sequence[str]) -> Plan:
+def _plan_weights_only(model: nn.Module, options: Options, failures: Sequence[str], advice: str) -> Plan:
     reason = "no example inputs could be found"
     if failures:
         reason += f" ({len(failures)} guessed, none could be traced)"
     logger.warning(
-        "weights only: %s, so activations and compute are left out. Give the model's inputs as args and kwargs%s",
+        "weights only: %s, so activations and compute are left out. %s%s",
         reason,
+        advice,
         f" (first guess, {failures[0]})" if failures else "",
     )
     store = find_store(model.parameters())

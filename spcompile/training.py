@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spcompile.errors import OffloadError
+from spcompile.errors import OffloadError, OptionError
 from spcompile.runtime.optimizers import watch_optimizers
 from spcompile.runtime.weights import tag_of
+
+NO_PARAMETERS = (
+    "host_parameters needs a torch.nn.Module or some of its parameters, such as model.head.parameters(), not {what}"
+)
 
 
 def host_parameters(
@@ -48,15 +53,36 @@ def host_parameters(
     Raises:
         OffloadError: a parameter is on a GPU, or copies in another precision were asked for, and the model is neither
             offloaded nor has it been compiled and run; or there is not enough host memory.
-        OptionError: a parameter was asked for in another precision before.
+        OptionError: a parameter was asked for in another precision before; or ``model`` or ``master_dtype`` is not what
+            it should be.
     """
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else list(model)
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else _checked_parameters(model)
+    _check_dtype(master_dtype)
     watch_optimizers()
     found = [_host_parameter(each, master_dtype) for each in parameters]
     for store in {tag.store for tag in map(tag_of, parameters) if tag is not None}:
         store.settle()
         store.hosted.show_gradients(store)  # of a backward before this call
     return found
+
+
+def _checked_parameters(given: Any) -> list[nn.Parameter]:
+    if isinstance(given, (str, Tensor)) or not isinstance(given, Iterable):
+        raise OptionError(NO_PARAMETERS.format(what=f"a {type(given).__name__}"))
+    parameters = list(given)
+    for each in parameters:
+        if not isinstance(each, nn.Parameter):
+            raise OptionError(NO_PARAMETERS.format(what=f"an iterable with a {type(each).__name__} in it"))
+    return parameters
+
+
+def _check_dtype(master_dtype: object) -> None:
+    if master_dtype is None:
+        return
+    if not isinstance(master_dtype, torch.dtype) or not (master_dtype.is_floating_point or master_dtype.is_complex):
+        raise OptionError(
+            f"master_dtype must be None or a floating-point dtype such as torch.float32, not {master_dtype!r}"
+        )
 
 
 def _host_parameter(parameter: nn.Parameter, master_dtype: torch.dtype | None) -> nn.Parameter:
@@ -66,7 +92,7 @@ def _host_parameter(parameter: nn.Parameter, master_dtype: torch.dtype | None) -
             f"a parameter of shape {tuple(parameter.shape)} is on {parameter.device}, not in host memory: call "
             "spcompile.offload(model) first, or run the compiled model once"
         )
-    is_own = tag is None or tag.store.rehomed or (tag.store.takes_in and parameter.device.type == "cpu")
+    is_own = tag is None or tag.store.has_cpu_parameters
     if is_own and master_dtype in (None, parameter.dtype):
         return parameter
     if tag is None:

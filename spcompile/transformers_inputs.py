@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spcompile.errors import OptionError
+
 TOKENS = 512
 """Tokens of a prompt, where the model takes so many: a page of text."""
 
@@ -86,6 +88,9 @@ def inputs_from_config(
         shape: of the main input, or of the text where it has two numbers, of the images where it has four or five;
             None: usual ones.
 
+    Raises:
+        OptionError: no input of the model has a shape of so many numbers.
+
     Yields:
         CPU tensors by name: tokens int64 ``[batch, tokens]``, images ``[batch, channels, height, width]``, clips
         ``[batch, frames, channels, height, width]``, spectrograms ``[batch, bins, frames]``, sound
@@ -103,8 +108,9 @@ def inputs_from_config(
         return
     known = _Model(model, dtype, shape)
     if shape is not None and not known.can_have(len(shape), main_input):
-        yield {main_input: known.values(*shape)}  # refused when it is traced, in the model's own words
-        return
+        raise OptionError(
+            f"{type(model).__name__} has no input of shape {list(shape)}: it takes {known.takes(main_input)}"
+        )
     for inputs in make(known):
         yield inputs
         if "use_cache" in inspect.signature(model.forward).parameters:
@@ -128,10 +134,21 @@ class _Model:
     def can_have(self, n_dimensions: int, main_input: str) -> bool:
         """Whether a shape with so many numbers is one of the model's inputs."""
         is_text, is_images = n_dimensions == 2, n_dimensions in (4, 5)
-        has_text = main_input == "input_ids" or not self.parameters.isdisjoint({"input_ids", "decoder_input_ids"})
-        has_images = main_input == "pixel_values" or (self.vision is not None and "pixel_values" in self.parameters)
         has_sound = main_input in ("input_features", "input_values")
-        return has_sound or (is_text and has_text) or (is_images and has_images)
+        return has_sound or (is_text and self.has_text(main_input)) or (is_images and self.has_images(main_input))
+
+    def has_text(self, main_input: str) -> bool:
+        return main_input == "input_ids" or not self.parameters.isdisjoint({"input_ids", "decoder_input_ids"})
+
+    def has_images(self, main_input: str) -> bool:
+        return main_input == "pixel_values" or (self.vision is not None and "pixel_values" in self.parameters)
+
+    def takes(self, main_input: str) -> str:
+        """The shapes of the inputs that are no sound, for people."""
+        shapes = ["text [batch, tokens]"] if self.has_text(main_input) else []
+        if self.has_images(main_input):
+            shapes += ["images [batch, channels, height, width]", "clips [batch, frames, channels, height, width]"]
+        return " or ".join(shapes)
 
     def tokens(self, more: int = 0) -> Tensor:
         """Text, with so many tokens more than usual. int64 ``[batch, tokens]``"""

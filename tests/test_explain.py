@@ -285,3 +285,56 @@ def test_each_graph_is_explained() -> None:
 def test_what_never_ran_cannot_be_explained() -> None:
     with pytest.raises(OptionError, match="run the compiled model once"):
         spcompile.explain(torch.compile(Stack(), backend="superpipeline"))
+
+
+class Packed(nn.Module):
+    """Weights that are buffers, as some quantizers make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.ones(4, 4, dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.get_buffer("packed").to(x.dtype)
+
+
+class Marked(Tensor):
+    """A tensor subclass, as others make them."""
+
+
+def test_of_a_model_without_streamable_weights_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    fast = torch.compile(Packed(), backend="superpipeline", options={"compiler": "eager", "k": 2, "device": "cpu"})
+    reason = "it has no parameters, and its buffers stay where they are"
+    with torch.no_grad():
+        fast(torch.ones(2, 4))
+        assert f"nothing of this Packed can be streamed: {reason}" in caplog.text
+        with pytest.raises(OptionError, match=rf"nothing of this model is streamed \({reason}"):
+            spcompile.explain(fast)
+        with pytest.raises(OptionError, match=reason), spcompile.record(fast):
+            pass
+        spcompile.plan(fast)
+        assert f"no plan is in force: nothing of this model is streamed ({reason})" in caplog.text
+        marked = nn.Linear(2, 2, bias=False)
+        marked.weight = nn.Parameter(torch.ones(2, 2).as_subclass(Marked))
+        with pytest.raises(OptionError, match="such as 'weight': it is a Marked, a tensor subclass"):
+            spcompile.explain(marked)
+
+
+def test_a_piece_without_weights_of_a_model_that_has_some_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Packed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    run = compile_offloaded(Broken(), k=2, m=1)
+    with torch.no_grad():
+        run.model(torch.ones(2, 4))
+    assert "can be streamed" not in caplog.text

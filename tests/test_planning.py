@@ -44,6 +44,20 @@ class Stack(nn.Module):
         return y
 
 
+class Scaled(Stack):
+    """Ends in a scale that is too small for a page; may also do nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        if not tokens.is_floating_point():
+            tokens = super().forward(tokens, scale=scale)
+        y: Tensor = torch.tanh(tokens) * self.scale
+        return y
+
+
 class Broken(Stack):
     """The graph breaks in front of the head."""
 
@@ -202,6 +216,23 @@ def test_another_graph_of_the_model_keeps_the_pages() -> None:
     assert run.plan.k == 2
 
 
+def test_another_graph_of_the_model_leaves_the_same_weights_outside_the_pages() -> None:
+    """Else a later graph would have a page more, and stream although k was enough for the first."""
+    model = Scaled().eval()
+    with torch.no_grad():
+        before = spcompile.plan(model, (tokens(),), k=5, compiler="eager", device="cpu")
+        run = compile_offloaded(model, k=5)
+        for inputs in (tokens(3), tokens(5), torch.ones(4)):
+            run.model(inputs)
+        after = spcompile.plan(model, (tokens(),), k=5, compiler="eager")
+    plans = [runtime.plan for runtime in run.store.runtimes()]
+    assert before.pages == after.pages == plans[0].pages
+    leftovers = [[weight.name for weight in plan.leftovers] for plan in (before, after, *plans)]
+    assert leftovers == [["scale"]] * 5
+    assert [len(plan.pages) for plan in plans] == [5, 5, 0]
+    assert not any(plan.intervals for plan in plans)
+
+
 def test_graph_breaks_make_several_plans() -> None:
     model = Breaking()
     with torch.no_grad():
@@ -229,6 +260,34 @@ def test_a_second_graph_of_the_model_makes_several_plans_in_force() -> None:
     assert plans == tuple(runtime.plan for runtime in run.store.runtimes())
     assert len(plans) == 2
     assert plans[0] == first
+
+
+class ByValue(Stack):
+    """Branches on a value of a tensor."""
+
+    def forward(self, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        x: Tensor = super().forward(tokens, scale=scale)
+        return x * 2 if tokens.sum().item() >= 0 else x
+
+
+class Ragged(Stack):
+    """As many pieces as a tensor says, like the images of Qwen2-VL."""
+
+    def forward(self, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        x: Tensor = super().forward(tokens, scale=scale)
+        sizes = torch.repeat_interleave(torch.ones_like(tokens), tokens * 0 + 1).tolist()
+        return torch.cat([piece.softmax(0) for piece in torch.split(x, sizes)])
+
+
+@pytest.mark.parametrize("kind", [ByValue, Ragged])
+def test_a_model_whose_graph_depends_on_values_is_planned_in_pieces(kind: type[Stack]) -> None:
+    """torch demands a whole graph with other exceptions here than for other graph breaks."""
+    model = kind().eval()
+    with torch.no_grad():
+        plans = spcompile.plan(model, (tokens(),), k=2, device="cpu", compiler="eager")
+        assert any(plan.intervals for plan in (plans if isinstance(plans, Plans) else (plans,)))
+        with pytest.raises(spcompile.OptionError, match="planned only if it is one graph, and this one breaks"):
+            spcompile.plan(kind().to("meta"), (tokens().to("meta"),), k=2, device="cpu", compiler="eager")
 
 
 @pytest.mark.skipif(
@@ -306,6 +365,19 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 def test_inputs_that_the_model_does_not_take() -> None:
     with pytest.raises(TypeError, match="positional argument"):
         spcompile.plan(Stack(), (tokens(), tokens()), k=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (tokens(), None, "args must be a tuple of the model's positional arguments, not one Tensor"),
+        ({"tokens": tokens()}, None, "args must be a tuple of the model's positional arguments, not one dict"),
+        ((tokens(),), 0.5, "kwargs must be a dict of the model's keyword arguments, not one float"),
+    ],
+)
+def test_inputs_that_are_no_arguments(args: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(spcompile.OptionError, match=message):
+        spcompile.plan(Stack(), args, kwargs, k=2)
 
 
 def test_two_windows_of_one_model_have_a_plan_each() -> None:

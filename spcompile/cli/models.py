@@ -31,6 +31,9 @@ CONFIG = "config.json"
 WITH_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 """``module:callable``, both with dots."""
 
+META = re.compile(r"\bmeta (device type )?tensor|device meta\b")
+"""How torch refuses to look at a value that is not there, in several places."""
+
 
 def make_model(target: str, *, dtype: torch.dtype | None = None, real: bool = False) -> nn.Module:
     """Make the model that ``target`` means.
@@ -138,8 +141,8 @@ def _config(transformers: Any, file: Path, fields: dict[str, Any]) -> Any:
 
 
 def _dtype_of(config: Any) -> torch.dtype:
-    """That of the config, spelled in several ways over the years; fp32 where it says nothing."""
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    """That of the config, under the name that this transformers uses; fp32 where it says nothing."""
+    dtype = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
@@ -246,4 +249,5 @@ def _told(what: str) -> Iterator[None]:
 def _what_happened(what: str, error: Exception) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     where = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{what}: {type(error).__name__}: {str(error).strip() or 'no message'}{where}"
+    hint = " (models are made without values: --real makes this one with them)" if META.search(str(error)) else ""
+    return f"{what}: {type(error).__name__}: {str(error).strip() or 'no message'}{where}{hint}"

@@ -10,6 +10,9 @@ from spcompile.options import parse_options
 
 OPTIONS = ("k", "m", "budget", "max_slowdown", "machine", "device")
 
+ADVICE = "Give the shape of the model's main input as --shape, or the model an attribute example_input_array"
+"""What to do where no inputs can be guessed."""
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan a model, and print, write or draw the plan. What can be refused is refused before torch is imported."""
@@ -33,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = None if arguments.dtype is None else find_dtype(arguments.dtype)
     model = make_model(arguments.model, dtype=dtype, real=arguments.real).train(arguments.train)
     with torch.set_grad_enabled(arguments.train):
-        planned = plan_guessed(model, options, arguments.shape)
+        planned = plan_guessed(model, options, arguments.shape, ADVICE)
     plans = [planned] if isinstance(planned, Plan) else list(planned)
     if not arguments.tradeoff:
         emit_plans(plans, output, arguments.format)

@@ -3,7 +3,8 @@
 Dynamo caches what it compiled by the code of the model and not by the model: a second model of the same class and
 shapes, or one that was restored and offloaded again, comes to the graph that was compiled for the first. So each call
 looks whose weights it was given. The graph and its segments are shared; every page store gets a `Transfers` of its own,
-and its weights are placed when it first comes. Where there is no store (any more), or one with other weights, the graph
+and its weights are placed when it first comes. A model that nobody offloaded gets a store when it comes, as the first
+one did, whether that one still lives or not. Where there is no store otherwise, or one with other weights, the graph
 runs on its arguments as they are.
 """
 
@@ -64,6 +65,7 @@ class CompiledGraph:
         self.find_store = find_store
         self.compiled_with = compiled_with
         self.device, self.is_rehomed = store.device, store.rehomed
+        self.takes_in = store.takes_in  # of the last store, which may be gone
         self.lock = threading.RLock()
         self.runtimes: WeakKeyDictionary[PageStore, Transfers] = WeakKeyDictionary()
         self._is_warned = False
@@ -136,6 +138,7 @@ class CompiledGraph:
         """Work on the weights of this store from now on. (A re-homed model's caller says so; its arguments cannot.)"""
         with self.lock:
             if self.runtime.live_store() is not store:
+                self.takes_in = store.takes_in
                 self._use(self._runtime_of(store))
 
     def _follow(self, args: Sequence[Any]) -> None:
@@ -150,13 +153,16 @@ class CompiledGraph:
         held = next((tag for place in self.weight_places if (tag := tag_of(args[place])) is not None), None)
         if held is not None:
             self.select(held.store)
+        elif self.takes_in and type(first) is torch.nn.Parameter and self._take_in(args):
+            return  # the last model is gone, or this one looks elsewhere than when a graph of its own was compiled
         elif current is None:
             self._use(InPlace(self.layout))
 
-    def _take_in(self, args: Sequence[Any]) -> None:
+    def _take_in(self, args: Sequence[Any]) -> bool:
         store = self.find_store([args[place] for place in self.weight_places])
         if store is not None:
             self.select(store)
+        return store is not None
 
     def _runtime_of(self, store: PageStore) -> Transfers | InPlace:
         if store in self.runtimes:

@@ -61,8 +61,13 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _tell_where_the_state_is(optimizer: Optimizer, store: PageStore) -> None:
-    """Once: an optimizer over the parameters of an offloaded model keeps its state where they seem to be."""
-    if store.rehomed or store.knows_of_state or not any(runtime.plan.intervals for runtime in store.runtimes()):
+    """Once: an optimizer over the parameters of an offloaded model keeps its state where they seem to be. That of a CPU
+    model is where `spcompile.host_parameters` would have it."""
+    if (
+        store.has_cpu_parameters
+        or store.knows_of_state
+        or not any(runtime.plan.intervals for runtime in store.runtimes())
+    ):
         return
     mine = [parameter for parameter in _parameters(optimizer) if store.holds(parameter)]
     state = (value for parameter in mine for value in optimizer.state.get(parameter, {}).values())

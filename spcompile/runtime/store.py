@@ -114,6 +114,12 @@ class PageStore:
         self._addresses: dict[int, str] = {}
         self._copied: dict[str, Hashable] = {}  # where copies follow: the version of each device copy
 
+    @property
+    def has_cpu_parameters(self) -> bool:
+        """Whether the model's parameters are those of a CPU model as it came, on whatever device it computes. (The
+        parameters of one that was offloaded to the emulated device stand for a GPU's.)"""
+        return self.rehomed or (self.takes_in and self.device.type == "cpu")
+
     # What looks at a weight.
 
     def add(self, weight: StoredWeight, tensors: Iterable[Tensor]) -> None:

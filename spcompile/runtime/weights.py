@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -146,6 +146,15 @@ def what_is_special(tensor: Tensor) -> str | None:
     if tensor.device.type not in ("cpu", "cuda"):
         return f"it is on {tensor.device}; move the model to the CPU or to a CUDA device first"
     return None
+
+
+def why_nothing_streams(model: nn.Module) -> str | None:
+    """Why a model has no weight that can be streamed; None where it has one."""
+    problems = [(name, what_is_special(parameter)) for name, parameter in model.named_parameters()]
+    if not problems:
+        return "it has no parameters, and its buffers stay where they are"
+    name, problem = problems[0]
+    return None if any(each is None for _, each in problems) else f"of its parameters, such as {name!r}: {problem}"
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

@@ -294,6 +294,39 @@ def test_a_second_model_of_the_same_class_is_streamed_by_the_same_graph(way: dic
         assert torch.equal(fast(tokens()), plain_second(tokens()))
 
 
+@WAYS
+def test_a_model_is_streamed_by_the_graph_of_one_that_is_gone(way: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for index in range(3):
+            model, plain = pair() if index == 0 else (Stack(), None)  # `pair` resets what is compiled
+            expected = (plain or copy.deepcopy(model))(tokens())
+            fast = compiled(model, **way)
+            for _ in range(2):
+                assert torch.equal(fast(tokens()), expected)
+            (runtime,) = store_of(model).runtimes()
+            assert runtime.bytes_moved >= 2 * runtime.plan.bytes_moved > 0, index
+            storages = [weak_storage(parameter) for parameter in model.parameters()]
+            del model, plain, fast, runtime
+            gc.collect()
+            assert all(storage() for storage in storages), "compiled code keeps no model"
+
+
+@WAYS
+def test_to_another_dtype_and_back_is_streamed_by_the_first_graph(way: dict[str, Any]) -> None:
+    """The parameters then have the tags of the second dtype's store, and look elsewhere."""
+    model, plain = pair()
+    fast = compiled(model, **way)
+    with torch.no_grad():
+        fast(tokens())
+        model.double()
+        fast(tokens())
+        model.float()
+        for _ in range(2):
+            assert torch.equal(fast(tokens()), plain(tokens()))
+    (runtime,) = store_of(model).runtimes()
+    assert runtime.bytes_moved >= 2 * runtime.plan.bytes_moved > 0
+
+
 def test_another_device_than_the_weights() -> None:
     model, _ = pair()
     spcompile.offload(model, device="cpu")

@@ -105,6 +105,32 @@ def test_a_window_too_small_names_the_segment(grad: bool) -> None:
         assert torch.equal(run.model(torch.ones(2, WIDTH)), model(torch.ones(2, WIDTH)))
 
 
+def test_a_window_too_small_for_pages_of_a_part() -> None:
+    """A part that is compiled by itself has layers of its own, which are pages from then on."""
+    model = spcompile.offload(nn.Sequential(chain(), chain(), nn.Linear(WIDTH, WIDTH)), device="cpu").eval()
+    part = model.get_submodule("0")
+    assert torch.equal(call(part, compiler="eager", k=2), part(torch.ones(2, WIDTH)))
+    message = (
+        r"'k' must be at least 4 for this model, not 2: its weights have pages of a part that was compiled before "
+        r"\('0', '1'\), and segment '0' reads 4 of them at once"
+    )
+    with pytest.raises(ValueError, match=message):
+        call(model, compiler="eager", k=2)
+    spcompile.offload(spcompile.restore(model), device="cpu")  # as the message says
+    torch._dynamo.reset()
+    for each in (model, part):
+        assert torch.equal(call(each, compiler="eager", k=2), each(torch.ones(2, WIDTH)))
+
+
+def test_a_window_too_small_for_shared_weights_is_no_matter_of_parts() -> None:
+    model = Sharing()
+    run = compile_offloaded(model, k=2)
+    with torch.no_grad():
+        run.model(torch.ones(2, WIDTH))
+    with pytest.raises(ValueError, match=r"must be at least 2 for this model, not 1: segment 'layers\.0'"):
+        call(model, compiler="eager", k=1)
+
+
 def test_models_that_were_offloaded_apart() -> None:
     one, other = offloaded(), offloaded()
 

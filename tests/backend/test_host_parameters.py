@@ -492,6 +492,25 @@ def test_masters_of_the_weights_own_precision_are_the_weights() -> None:
     assert [each.data_ptr() for each in masters] == addresses
 
 
+@pytest.mark.parametrize("dtype", ["float32", torch.int8], ids=str)
+def test_masters_in_what_is_no_precision(dtype: Any) -> None:
+    with pytest.raises(spcompile.OptionError, match="master_dtype must be None or a floating-point dtype"):
+        host_parameters(spcompile.offload(nn.Linear(2, 2), device="cpu"), master_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ("x", "not a str"),
+        (nn.Parameter(torch.ones(2)), "not a Parameter"),
+        (nn.Linear(2, 2).named_parameters(), "not an iterable with a tuple in it"),
+    ],
+)
+def test_of_what_has_no_parameters(given: Any, what: str) -> None:
+    with pytest.raises(spcompile.OptionError, match=rf"needs a torch\.nn\.Module or some of its parameters.*{what}"):
+        host_parameters(given)
+
+
 def gradient_addresses(parameters: list[nn.Parameter]) -> dict[int, int]:
     gradients: list[Tensor | None] = [each.grad for each in parameters]
     return {index: each.data_ptr() for index, each in enumerate(gradients) if each is not None}

@@ -60,6 +60,19 @@ def returns_a_number():
 def raises():
     raise RuntimeError("no file\\nof weights")
 
+class NeedsValues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.scale = self.fc.weight.detach().sum().item()
+
+    def forward(self, x):
+        return self.fc(x) * self.scale
+
+class NeedsNumpy(NeedsValues):
+    def __init__(self):
+        self.scale = torch.ones(3).numpy().sum()
+
 def takes(width):
     return nn.Linear(width, width)
 """
@@ -163,6 +176,8 @@ def test_a_module_and_a_class(run: Callable[..., Run], caplog: pytest.LogCapture
     opaque = run("own_models:Opaque", "--format", "json")
     assert opaque.plan().note.startswith("weights only: no example inputs could be found")
     assert "weights only: no example inputs could be found" in caplog.text
+    assert "Give the shape of the model's main input as --shape" in caplog.text
+    assert run("own_models:NeedsValues", "--real").code == 0
 
 
 def test_training(run: Callable[..., Run]) -> None:
@@ -295,6 +310,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "returned a value of type int: it must return a torch.nn.Module",
     ),
     "raises": ("own_models:raises", "calling own_models:raises() failed: RuntimeError: no file of weights, "),
+    "looks at values": ("own_models:NeedsValues", " (models are made without values: --real makes this one with them)"),
+    "makes an array": ("own_models:NeedsNumpy", " (models are made without values: --real makes this one with them)"),
     "takes arguments": ("own_models:takes", "TypeError: takes() missing 1 required positional argument: 'width'\n"),
     "budget": ("own_models:stack --budget 8Gigs", "'budget' must be a number of bytes or text such as '8GiB'"),
     "too little": ("own_models:stack --budget 1KB", "is too little: the smallest that can be kept is "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -40,6 +41,17 @@ def test_a_mistake_is_one_line_and_no_traceback() -> None:
     done = run("plan", "no_such_file.json", "--k", "2", "--budget", "1GB")
     expected = "spcompile: error: options 'k' and 'budget' contradict each other: give one of them\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_config_without_a_dtype_is_read_without_a_warning(tmp_path: Path) -> None:
+    """transformers warns once per process whoever asks for the name that it has given up."""
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    config = {"architectures": ["LlamaModel"], "model_type": "llama", "vocab_size": 9, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = run("plan", "config.json", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "deprecated" not in done.stderr
 
 
 def test_a_plan_of_a_model_of_this_folder(tmp_path: Path) -> None:

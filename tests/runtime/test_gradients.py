@@ -228,3 +228,18 @@ def test_nothing_is_said_of_a_state_in_host_memory(caplog: pytest.LogCaptureFixt
         gradients(run.model, model, x)
         optimizer.step()
     assert not [each for each in caplog.records if "state of this" in each.getMessage()]
+
+
+def test_nothing_is_said_of_a_cpu_model_as_it_came(caplog: pytest.LogCaptureFixture) -> None:
+    """`spcompile.host_parameters` would give its own parameters."""
+    torch._dynamo.reset()
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    fast = torch.compile(model, backend="superpipeline", options={"compiler": "eager", "k": 2, "device": "cpu"})
+    optimizer = torch.optim.AdamW(model.parameters())
+    with caplog.at_level(logging.WARNING):
+        fast(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    assert spcompile.plan(fast).intervals
+    own = zip(spcompile.host_parameters(model), model.parameters(), strict=True)
+    assert all(one is other for one, other in own)
+    assert not [each for each in caplog.records if "state of this" in each.getMessage()]

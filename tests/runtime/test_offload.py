@@ -574,6 +574,12 @@ def test_uninitialised_weights_and_meta_buffers_are_named() -> None:
         offload(model, "cpu")
 
 
+@pytest.mark.parametrize("function", [offload, restore, refresh])
+def test_what_is_no_module(function: Callable[[Any], Any]) -> None:
+    with pytest.raises(OffloadError, match=rf"{function.__name__} needs a torch\.nn\.Module, not a value of type str"):
+        function("x")
+
+
 def test_a_parameter_class_of_ones_own_is_fine() -> None:
     class Mine(nn.Parameter):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -165,6 +166,12 @@ def test_lines_that_are_wrong(before: str, after: str, line: str, message: str) 
 def test_texts_that_are_no_plan(text: str, message: str) -> None:
     with pytest.raises(PlanFormatError, match=message):
         Plan.from_text(text)
+
+
+def test_what_is_no_text() -> None:
+    nothing: Any = None
+    with pytest.raises(PlanFormatError, match="the text of a plan must be a str, not NoneType"):
+        Plan.from_text(nothing)
 
 
 def test_title_has_the_format() -> None:
