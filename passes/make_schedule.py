@@ -295,8 +295,8 @@ def _place(program: Program, graph: Plan) -> Plan:
 
 
 def _check_pages_of_parts(program: Program, graph: Plan, k: int) -> None:
-    """Refuse a k that is too little only because a part of the model was compiled by itself, with layers of its own: a
-    weight keeps its page, so what is one page for this graph are several. Pages that the same layers read are such."""
+    """Refuse a k that is too little only because an earlier graph made smaller pages: of a part that was compiled by
+    itself, with layers of its own, or of layers that a budget had cut. Pages that the same layers read are such."""
     readers: dict[int, set[str]] = {}
     for step in graph.steps:
         for page in step.reads:
@@ -306,8 +306,8 @@ def _check_pages_of_parts(program: Program, graph: Plan, k: int) -> None:
         alone = {frozenset(readers[page]) for page in step.reads}
         if len(alone) <= k < len(step.reads) and len(known) > 1:
             raise OptionError(
-                f"option 'k' must be at least {len(step.reads)} for this model, not {k}: its weights have pages of a "
-                f"part that was compiled before ({graph.pages[known[0]].name!r}, {graph.pages[known[1]].name!r}), and "
+                f"option 'k' must be at least {len(step.reads)} for this model, not {k}: its weights keep the "
+                f"pages of a graph that was compiled before ({graph.pages[known[0]].name!r}, {graph.pages[known[1]].name!r}), and "
                 f"segment {step.segment!r} reads {len(step.reads)} of them at once. To have other pages made, call "
                 "spcompile.restore, spcompile.offload and torch._dynamo.reset, and compile the whole model first"
             )

@@ -111,7 +111,7 @@ def test_a_window_too_small_for_pages_of_a_part() -> None:
     part = model.get_submodule("0")
     assert torch.equal(call(part, compiler="eager", k=2), part(torch.ones(2, WIDTH)))
     message = (
-        r"'k' must be at least 4 for this model, not 2: its weights have pages of a part that was compiled before "
+        r"'k' must be at least 4 for this model, not 2: its weights keep the pages of a graph that was compiled before "
         r"\('0', '1'\), and segment '0' reads 4 of them at once"
     )
     with pytest.raises(ValueError, match=message):
