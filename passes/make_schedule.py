@@ -307,8 +307,8 @@ def _check_pages_of_parts(program: Program, graph: Plan, k: int) -> None:
         if len(alone) <= k < len(step.reads) and len(known) > 1:
             one, other = (graph.pages[page].name for page in known[:2])
             raise OptionError(
-                f"option 'k' must be at least {len(step.reads)} for this model, not {k}: its weights keep the pages of a "
-                f"graph that was compiled before ({one!r}, {other!r}), and segment {step.segment!r} reads "
+                f"option 'k' must be at least {len(step.reads)} for this model, not {k}: its weights keep the pages of "
+                f"a graph that was compiled before ({one!r}, {other!r}), and segment {step.segment!r} reads "
                 f"{len(step.reads)} of them at once. To have other pages made, call spcompile.restore, "
                 "spcompile.offload and torch._dynamo.reset, and compile the whole model first"
             )
