@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
 from spcompile.absent import ABSENT_GPU_BYTES, is_absent, rehome_for_absent_gpu, stand_in_inputs, stand_ins
 from spcompile.capture import Capture, Kind, storage_weights
@@ -46,6 +47,11 @@ NO_WHOLE_GRAPH = (
     GuardOnDataDependentSymNode,  # the same, in places where Dynamo does not wrap it
 )
 """What Dynamo raises for a model that is more than one graph, where a whole graph is demanded."""
+
+
+class _DependsOnValues(BaseException):
+    """Leaves Dynamo where a whole graph has sizes or numbers that depend on values. It has them only because a whole
+    graph was demanded: torch.compile as people call it breaks there."""
 
 
 class _Stop(BaseException):
@@ -111,7 +117,7 @@ class DryRun:
         """
         try:
             self._call(args, kwargs, fullgraph=True)
-        except NO_WHOLE_GRAPH as error:
+        except (*NO_WHOLE_GRAPH, _DependsOnValues) as error:
             if not may_run:
                 reason = first_line(error)
                 raise OptionError(
@@ -138,6 +144,8 @@ class DryRun:
             compiled(*args, **kwargs)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.whole and _depends_on_values(gm):
+            raise _DependsOnValues("a number or a size depends on values, as with Tensor.item()")
         tensors = [value for value in example_inputs if isinstance(value, Tensor)]
         store = find_store(tensors)
         device = device_for(self.options, store, tensors)
@@ -205,6 +213,16 @@ def forget_failed_call(model: nn.Module) -> None:
         torch._dynamo.reset_code(code)  # type: ignore[attr-defined]
 
 
+def _depends_on_values(gm: fx.GraphModule) -> bool:
+    """Whether a graph has numbers or sizes that torch.compile would only capture if it were told to."""
+    config = torch._dynamo.config
+    if config.capture_scalar_outputs and config.capture_dynamic_output_shape_ops:
+        return False
+    values = tree_leaves([node.meta.get("example_value") for node in gm.graph.nodes])
+    kinds = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(free_unbacked_symbols(value) for value in values if isinstance(value, kinds))
+
+
 def _keeps_calls_apart() -> bool:
     return "isolate_recompiles" in signature(torch.compile).parameters
 
@@ -246,6 +264,6 @@ def _not_run(_args: list[Any]) -> Any:
     raise AssertionError("a planned graph is never run")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without the pages that Dynamo adds."""
     return str(error).strip().partition("\n")[0]
