@@ -73,7 +73,7 @@ class _Pair:
 
         def before_adding(_: Tensor) -> None:
             store = held()
-            if store is not None:
+            if store is not None and self.shown is not None:
                 with real_tensors():
                     self.follow_zeroing(store)
 
