@@ -151,10 +151,12 @@ def _choose_cut(program: Program, runs: Sequence[Run], whole: Plan) -> tuple[Seq
 
     They stay whole where there is room for copies to run ahead. Otherwise they are cut finer: two slots for thirds of
     layers take a third of the memory. That costs compilation, and fusion across the cuts, so it has to be worthwhile.
-    Where a slowdown is given, they are only cut to fit at all.
+    Where a slowdown is given they are only cut to fit at all, and in training, where the few percent that it saves take
+    ten seconds to find.
     """
     if program.options.k is not None:
         return runs, _place(program, whole)
+    is_only_to_fit = program.options.max_slowdown is not None or program.backward is not None
     best: tuple[Sequence[Run], Plan] | None = None
     smallest, tries_left = whole, TRIED_CUTS
     for cut, graph in _cuts(program, runs, whole):
@@ -165,7 +167,7 @@ def _choose_cut(program: Program, runs: Sequence[Run], whole: Plan) -> tuple[Seq
         if best is None or _us(plan) < (1 - WORTHWHILE) * _us(best[1]):
             best = cut, plan
         tries_left -= 1
-        if not tries_left or program.options.max_slowdown is not None or not _waits(best[1]):
+        if is_only_to_fit or not tries_left or not _waits(best[1]):
             break
     if best is not None:
         return best
@@ -194,7 +196,8 @@ def _us(plan: Plan) -> float:
 def _waits(plan: Plan) -> bool:
     """Whether neither compute nor the link is busy all the time, so that copies which start earlier would help."""
     assert plan.machine is not None
-    return _us(plan) > (1 + WORTHWHILE) * simulate(plan, plan.machine).bound_us
+    simulation = simulate(plan, plan.machine)
+    return simulation.iteration_us > (1 + WORTHWHILE) * simulation.bound_us
 
 
 def _least_bytes(graph: Plan) -> int:
