@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def build(layers: int) -> transformers.LlamaForCausalLM:
         torch.set_default_dtype(torch.float32)
     model.requires_grad_(False)
     return model
+
+
+def logits_of(call: Callable[..., Any], tokens: Tensor) -> Tensor:
+    """Those of the last token."""
+    with torch.no_grad():
+        logits: Tensor = call(tokens, use_cache=False, logits_to_keep=1).logits
+    return logits
 
 
 def timer() -> Any:
@@ -112,13 +120,7 @@ def measure_all(model: transformers.LlamaForCausalLM, options: dict[str, Any] | 
             fast = torch.compile(model, backend="superpipeline", options=options, dynamic=False)
         torch.manual_seed(1)
         tokens = torch.randint(0, model.config.vocab_size, shape, device="cuda")
-
-        def call(fast: Callable[..., Any] = fast, tokens: Tensor = tokens) -> Tensor:
-            with torch.no_grad():
-                logits: Tensor = fast(tokens, use_cache=False, logits_to_keep=1).logits
-            return logits
-
-        results[case] = measure(call, ITERATIONS[case])
+        results[case] = measure(partial(logits_of, fast, tokens), ITERATIONS[case])
     return results
 
 

@@ -30,6 +30,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ import transformers
 from torch import Tensor
 
 import spcompile
-from examples.benchmark_llama import CASES, build, measure, measure_link
+from examples.benchmark_llama import CASES, build, logits_of, measure, measure_link
 from examples.benchmark_ways import Figures, compiled, in_a_process, store_of
 
 Way = Callable[[transformers.LlamaForCausalLM], Any]
@@ -85,7 +86,7 @@ def run(name: str, layers: int) -> Figures:
     figures: Figures = {"setup_s": time.perf_counter() - started}
     for case in CASES:
         tokens = tokens_of(model, case)
-        measured = measure(lambda tokens=tokens: logits_of(call, tokens), ITERATIONS)  # type: ignore[misc]
+        measured = measure(partial(logits_of, call, tokens), ITERATIONS)
         difference = (measured.logits.cpu().float() - expected[case].float()).abs().max()
         figures |= {
             f"{case}: ms": measured.milliseconds,
@@ -104,13 +105,6 @@ def tokens_of(model: transformers.LlamaForCausalLM, case: str) -> Tensor:
     """Random tokens, the same in each process."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, model.config.vocab_size, CASES[case], generator=generator).cuda()
-
-
-def logits_of(call: Callable[..., Any], tokens: Tensor) -> Tensor:
-    """Those of the last token."""
-    with torch.no_grad():
-        logits: Tensor = call(tokens, use_cache=False, logits_to_keep=1).logits
-    return logits
 
 
 # The ways.

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +40,7 @@ import transformers
 from torch import Tensor
 
 import spcompile
-from examples.benchmark_llama import build, measure_link, timer
+from examples.benchmark_llama import build, logits_of, measure_link, timer
 from spcompile import capture
 from spcompile.runtime.store import PageStore, find_store
 
@@ -99,14 +100,7 @@ def _send(sending: Any, part: Callable[..., Figures], *arguments: object) -> Non
 
 def forward(fast: Callable[..., Any], device: str = "cuda", shape: tuple[int, int] = (1, 1)) -> Callable[[], Tensor]:
     """A call of one token, or of ``shape`` (batch, sequence), that returns the logits of the last."""
-    tokens = torch.ones(shape, dtype=torch.int64, device=device)
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            logits: Tensor = fast(tokens, use_cache=False, logits_to_keep=1).logits
-        return logits
-
-    return call
+    return partial(logits_of, fast, torch.ones(shape, dtype=torch.int64, device=device))
 
 
 def compiled(model: torch.nn.Module, options: dict[str, Any] | None) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ from spcompile.passes.pages import gathers_of, make_pages, merge_pages
 from spcompile.passes.runs import Run, cut_runs, find_runs, gathered_bytes
 from spcompile.planner.choose import least_capacity_bytes
 from spcompile.planner.make_plan import place_graph
-from spcompile.planner.simulate import predict_iteration_us, simulate
+from spcompile.planner.simulate import Simulation, simulate
 from spcompile.text import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -157,20 +157,24 @@ def _choose_cut(program: Program, runs: Sequence[Run], whole: Plan) -> tuple[Seq
     if program.options.k is not None:
         return runs, _place(program, whole)
     is_only_to_fit = program.options.max_slowdown is not None or program.backward is not None
-    best: tuple[Sequence[Run], Plan] | None = None
+    best: tuple[Sequence[Run], Plan, Simulation] | None = None
     smallest, tries_left = whole, TRIED_CUTS
     for cut, graph in _cuts(program, runs, whole):
         if not _has_room(program, graph):
             smallest = min(smallest, graph, key=_least_bytes)
             continue
         plan = _place(program, graph)
-        if best is None or _us(plan) < (1 - WORTHWHILE) * _us(best[1]):
-            best = cut, plan
+        if is_only_to_fit:
+            return cut, plan
+        predicted = simulate(plan, program.machine)
+        if best is None or predicted.iteration_us < (1 - WORTHWHILE) * best[2].iteration_us:
+            best = cut, plan, predicted
         tries_left -= 1
-        if is_only_to_fit or not tries_left or not _waits(best[1]):
+        # Where compute or the link is busy all the time, copies that start earlier do not help.
+        if not tries_left or best[2].iteration_us <= (1 + WORTHWHILE) * best[2].bound_us:
             break
     if best is not None:
-        return best
+        return best[:2]
     if program.options.budget is not None:
         raise OptionError(_infeasible(smallest, program.options.budget))
     return runs, _place(program, whole)
@@ -186,18 +190,6 @@ def _cuts(program: Program, runs: Sequence[Run], whole: Plan) -> Iterator[tuple[
         if len(cut) > n_runs:
             n_runs = len(cut)
             yield cut, _schedule(program, cut)
-
-
-def _us(plan: Plan) -> float:
-    assert plan.machine is not None
-    return predict_iteration_us(plan, plan.machine)
-
-
-def _waits(plan: Plan) -> bool:
-    """Whether neither compute nor the link is busy all the time, so that copies which start earlier would help."""
-    assert plan.machine is not None
-    simulation = simulate(plan, plan.machine)
-    return simulation.iteration_us > (1 + WORTHWHILE) * simulation.bound_us
 
 
 def _least_bytes(graph: Plan) -> int:

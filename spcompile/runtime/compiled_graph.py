@@ -147,18 +147,22 @@ class CompiledGraph:
         tag = getattr(first, TAG, None)
         current = self.runtime.live_store()
         if current is not None and (tag is None or tag.store is current):
-            if tag is None and type(first) is torch.nn.Parameter and current.takes_in:
+            if tag is None:
                 self._take_in(args)
             return
         held = next((tag for place in self.weight_places if (tag := tag_of(args[place])) is not None), None)
         if held is not None:
             self.select(held.store)
-        elif self.takes_in and type(first) is torch.nn.Parameter and self._take_in(args):
-            return  # the last model is gone, or this one looks elsewhere than when a graph of its own was compiled
-        elif current is None:
+        elif not self._take_in(args) and current is None:
             self._use(InPlace(self.layout))
 
     def _take_in(self, args: Sequence[Any]) -> bool:
+        """If nobody offloaded the model that came, nor the last one, make a store for it; returns whether it did.
+
+        The last one may be gone, or this one look elsewhere than when a graph of its own was compiled.
+        """
+        if not self.takes_in or type(args[next(iter(self.weight_places))]) is not torch.nn.Parameter:
+            return False
         store = self.find_store([args[place] for place in self.weight_places])
         if store is not None:
             self.select(store)

@@ -59,7 +59,7 @@ class _Pair:
             return
         elif host.grad is None:
             model.grad, self.shown = None, None
-        elif store.gradients.find(model.grad) is None and _version(host.grad) != host_version:
+        elif store.gradients.find(model.grad) is None and host.grad._version != host_version:
             model.grad.copy_(host.grad)
             self.agree(model.grad, host.grad)
 
@@ -198,7 +198,3 @@ def _looking_at(memory: Tensor, parameter: Tensor) -> Tensor:
     """A tensor over ``memory``, uint8 ``[bytes of the storage]``, that looks at it as the parameter at its own."""
     typed = torch.empty(0, dtype=parameter.dtype)
     return typed.set_(memory.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
-
-
-def _version(tensor: Tensor | None) -> int:
-    return -1 if tensor is None else tensor._version
