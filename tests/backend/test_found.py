@@ -217,6 +217,7 @@ print("done")
 @pytest.mark.parametrize("is_offloaded", [False, True])
 def test_compiled_code_of_a_backward_keeps_no_model_alive(is_offloaded: bool) -> None:
     """AOTAutograd keeps what compiles backward as long as there is code; it held the parameters and the first batch."""
+    torch._dynamo.reset()  # code that is there already would be called again, and hold nothing of these models
     alive: list[Callable[[], object]] = []
     for count in (2, 3):
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count)))
