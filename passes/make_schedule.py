@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import fx
 
-from spcompile.costs import SegmentCost, largest, segment_costs, symbol_hints, total_size
+from spcompile.costs import SegmentCost, largest, segment_costs, symbol_values, total_size
 from spcompile.errors import OptionError
 from spcompile.graph import nbytes_of, tensors_of
 from spcompile.ir import Plan, Step
@@ -260,7 +260,7 @@ def _totals(program: Program, costs: Sequence[SegmentCost]) -> dict[str, Any]:
     rounding_bytes = ROUNDING_BYTES if program.device != "cpu" else 0
     return {
         "machine": program.machine,
-        "sizes": symbol_hints(program.graph),
+        "sizes": symbol_values(program.graph),
         "inputs": total_size(inputs),
         "activations": largest(candidate for cost in costs for candidate in cost.activations),
         "workspace_bytes": program.machine.workspace_bytes * n_workspaces + rounding_bytes,

@@ -52,7 +52,7 @@ class _Splitter:
         self.root = torch.nn.Module()
         self.paged = paged_inputs(program)
         program.paged = {node.name: page for node, page in self.paged.items()}
-        self.bound_by = _symbol_placeholders(program.graph)
+        self.bound_by = _symbol_binders(program.graph)
 
     def split(self) -> fx.GraphModule:
         members: list[fx.Node] = []
@@ -102,7 +102,7 @@ class _Splitter:
         weights = [node for page in pages for node, owner in self.paged.items() if owner == page]
         symbols = {symbol for node in (*members, *activations) for symbol in _symbols_of(node)}
         binders = [self.bound_by[symbol] for symbol in sorted(symbols) if symbol in self.bound_by]
-        return [*(node for node in binders if node not in sources), *activations, *weights]
+        return [*(node for node in binders if node in self.outer and node not in sources), *activations, *weights]
 
     def _free_name(self, segment: str) -> str:
         base = re.sub(r"\W+", "_", segment).strip("_")
@@ -154,10 +154,10 @@ def _symbols_of(node: fx.Node) -> set[str]:
     return {str(symbol) for value in values for symbol in free_symbols(value)}
 
 
-def _symbol_placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
-    """For each size symbol, the input that carries it."""
+def _symbol_binders(graph: fx.Graph) -> dict[str, fx.Node]:
+    """For each size symbol, the input that carries it, or the number read from a tensor that it stands for."""
     found: dict[str, fx.Node] = {}
-    for node in graph.find_nodes(op="placeholder"):
+    for node in graph.nodes:
         value = value_of(node)
         if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
             found.setdefault(str(value.node.expr), node)

@@ -31,7 +31,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from spcompile.graph import memory_roots, nbytes_of, tensors_of, written_inputs
+from spcompile.graph import memory_roots, nbytes_of, number_of, symbols_of, tensors_of, written_inputs
 from spcompile.ir import Machine
 from spcompile.planner.machine import kernel_time_us
 from spcompile.sizes import Polynomial
@@ -369,11 +369,7 @@ def _flops(node: fx.Node) -> float:
     if formula is None:
         return 0.0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta.get("val"))
-    return float(_hint(formula(*args, **kwargs, out_val=node.meta.get("val"))))
-
-
-def _hint(number: Any) -> float:
-    return float(number.node.hint or 0) if isinstance(number, (torch.SymInt, torch.SymFloat)) else float(number)
+    return number_of(formula(*args, **kwargs, out_val=node.meta.get("val")))
 
 
 def _nbytes(node: fx.Node) -> int:
@@ -414,16 +410,16 @@ def total_size(nodes: Iterable[fx.Node]) -> Polynomial:
     return _frozen(total)
 
 
-def symbol_hints(graph: fx.Graph) -> tuple[tuple[str, int], ...]:
+def symbol_values(graph: fx.Graph) -> tuple[tuple[str, int], ...]:
     """The graph's symbolic sizes by name, as they were at capture."""
-    hints: dict[str, int] = {}
+    values: dict[str, int] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         sizes = [size for tensor in tensors_of(node) for size in (*tensor.shape, *tensor.stride())]
         for size in (value, *sizes):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                hints[str(size.node.expr)] = int(size.node.hint or 0)
-    return tuple(sorted(hints.items()))
+            if isinstance(size, torch.SymInt):
+                values.update((str(symbol), number) for symbol, number in symbols_of(size).items())
+    return tuple(sorted(values.items()))
 
 
 def largest(candidates: Iterable[Polynomial]) -> tuple[Polynomial, ...]:

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SCALARS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 """Operators that only change the dtype of a tensor (`_to_copy` is checked for its other arguments)."""
+
+ANY_NUMBER = sys.maxsize - 1
+"""torch's upper bound of sizes of which it knows none."""
 
 
 def value_of(node: fx.Node) -> object:
@@ -125,8 +132,31 @@ def memory_roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
 
 
 def nbytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a fake tensor's elements; symbolic sizes count with their hints."""
-    numel: Any = tensor.numel()
-    if isinstance(numel, torch.SymInt):
-        numel = numel.node.hint or 0
-    return int(numel) * tensor.element_size()
+    """Bytes of a fake tensor's elements; symbolic sizes count as `number_of` has them."""
+    return int(number_of(tensor.numel())) * tensor.element_size()
+
+
+def number_of(size: Any) -> float:
+    """The number that a size stands for: a symbolic one for its value at capture."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return float(size)
+    if size.node.hint is not None:
+        return float(size.node.hint)
+    return float(size.node.expr.xreplace(symbols_of(size)))
+
+
+def symbols_of(size: torch.SymInt | torch.SymFloat) -> dict[sympy.Symbol, int]:
+    """The symbols that a size is made of, and their values at capture.
+
+    One that depends on the values of tensors has none. Where torch knows the most that it can be (of ``nonzero``: all
+    elements; of what ``torch._check`` limits), it counts as that, otherwise as what Inductor takes it for.
+    """
+    shapes = size.node.shape_env
+    return {symbol: _value_at_capture(shapes, symbol) for symbol in size.node.expr.free_symbols}
+
+
+def _value_at_capture(shapes: ShapeEnv, symbol: sympy.Symbol) -> int:
+    if symbol in shapes.backed_var_to_val:
+        return int(shapes.backed_var_to_val[symbol])
+    most = shapes.bound_sympy(symbol).upper
+    return int(most) if most < ANY_NUMBER else int(inductor_config.unbacked_symint_fallback)

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 import spcompile
-from spcompile.costs import SegmentCost, largest, segment_costs, symbol_hints, total_size
+from spcompile.costs import SegmentCost, largest, segment_costs, symbol_values, total_size
 from spcompile.planner.machine import PROFILES, kernel_time_us
 from spcompile.sizes import value_of
 
@@ -144,7 +144,7 @@ def test_symbolic_sizes() -> None:
     graph = make_fx(function, tracing_mode="symbolic")(torch.zeros(6, 16), torch.zeros(16, 16)).graph
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     (cost,) = segment_costs(graph, [nodes], H100)
-    sizes = dict(symbol_hints(graph))
+    sizes = dict(symbol_values(graph))
     assert 6 in sizes.values()
     for rows in (1, 6, 1000):
         given = {name: rows if value == 6 else value for name, value in sizes.items()}
