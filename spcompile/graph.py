@@ -20,6 +20,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SCALARS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
+CHECKS = (
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+)
+"""Operators that check a number and make nothing."""
+
 CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 """Operators that only change the dtype of a tensor (`_to_copy` is checked for its other arguments)."""
 
@@ -33,8 +40,8 @@ def value_of(node: fx.Node) -> object:
 
 
 def is_scalar(node: fx.Node) -> bool:
-    """Whether the node is a number (a size, say) and not a tensor: such nodes stay in the outer graph."""
-    return isinstance(value_of(node), SCALARS)
+    """Whether the node makes or checks a number (a size, say) and no tensor: such nodes stay in the outer graph."""
+    return isinstance(value_of(node), SCALARS) or node.target in CHECKS
 
 
 def tensors_of(node: fx.Node) -> tuple[torch.Tensor, ...]:
