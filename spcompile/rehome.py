@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import _device_constructors
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -278,6 +279,7 @@ class _Up(torch.autograd.Function):
         return tuple(tensor.detach() for tensor in tensors[len(tensors) // 2 :])
 
     @staticmethod
+    @_disable_dynamo  # which looks at all that runs where backward is called in a compiled function
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         store: PageStore = ctx.store
         down = [gradient if gradient is None else _gradient_down(store, gradient) for gradient in gradients]

@@ -93,7 +93,7 @@ class CompiledGraph:
                 return self.module.forward(args)
             with store.lock:
                 if store.hosted and self.layout.is_backward:
-                    _gather_gradients(store)
+                    store.hosted.begin_backward(store)
                 if store.copies_follow and not self.is_rehomed:
                     return self._run_on_copies(runtime, store, args)
                 return self._run(runtime, store, args)
@@ -192,16 +192,3 @@ class CompiledGraph:
                 "torch._dynamo.reset() to have it compiled again"
             )
         self.runtime = self.module.runtime = runtime
-
-
-def _gather_gradients(store: PageStore) -> None:
-    """Around a backward of a model with parameters on the host: its end shows them their gradients."""
-
-    def end() -> None:
-        with store.lock:
-            store.settle()
-            store.hosted.end_backward(store)
-
-    # Private, but there is no other way to tell one backward from the next, nor to know when it has ended.
-    if store.hosted.begin_backward(store, torch._C._current_graph_task_id()):
-        torch.autograd.Variable._execution_engine.queue_callback(end)

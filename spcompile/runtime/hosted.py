@@ -7,19 +7,23 @@ the homes are what counts: device copies of weights are only copies (`PageStore.
 Gradients come the same way. At the end of each backward, when they have arrived in host memory, the parameter on the
 host gets a ``.grad`` that looks at the memory of the model's parameter's ``.grad``: it is one gradient with two faces,
 added up, clipped and zeroed through either. Only setting one of the two to None leaves no trace on the other one; the
-next backward, and the next optimizer step, look for that before they start. Of a backward not all may be compiled: so
-each parameter looks once more just before a gradient is added to its own. A gradient that is not in such memory (of
-an eager backward, or in another precision) is copied, and copied back where it was changed.
+next backward, and the next optimizer step, look for that before they start. Of a backward not all need be compiled, or
+nothing: it begins with its first compiled graph, or the first parameter that is about to be given a gradient. A
+gradient that is not in such memory (of an eager backward, or in another precision) is copied, and copied back where it
+was changed.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import TensorWeakRef
 
 from spcompile.errors import OptionError
@@ -37,7 +41,7 @@ class _Pair:
         name: of the weight.
         is_master: whether the one on the host has memory of its own, in another precision.
         shown: the gradient of the model's parameter that the host's shows, and the versions of both since they agree.
-        is_watched: whether the model's parameter looks, before its gradient is added to, what became of the host's.
+        is_watched: whether a backward is noticed that gives the model's parameter a gradient.
     """
 
     model: TensorWeakRef
@@ -68,16 +72,19 @@ class _Pair:
         self.shown = TensorWeakRef(gradient), gradient._version, shown._version
 
     def watch(self, store: PageStore, model: Tensor) -> None:
-        """Have the model's parameter call `follow_zeroing` before its gradient is added to."""
+        """Have a backward noticed before it adds to the gradient of the model's parameter."""
         held = weakref.ref(store)
 
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        @_disable_dynamo
         def before_adding(_: Tensor) -> None:
             store = held()
-            if store is not None and self.shown is not None:
-                with real_tensors():
-                    self.follow_zeroing(store)
+            if store is not None:
+                with store.lock:
+                    store.hosted.begin_backward(store)
 
-        model.register_hook(before_adding)  # type: ignore[no-untyped-call]
+        hook = model.register_hook(before_adding)  # type: ignore[no-untyped-call]
+        weakref.finalize(store, hook.remove).atexit = False
         self.is_watched = True
 
 
@@ -86,7 +93,9 @@ class HostParameters:
 
     def __init__(self) -> None:
         self._pairs: list[_Pair] = []
-        self._running: int | None = None
+        self._running: dict[int, weakref.ref[Callable[[], None]]] = {}
+        """The backwards that have begun, by number, with what each calls at its end."""
+        self._last = -1
 
     def __bool__(self) -> bool:
         return bool(self._pairs)
@@ -126,6 +135,8 @@ class HostParameters:
         store.attach(host, tag.name)  # its edits count, and the hooks of optimizers find the store
         tag.hosted.append(host)
         pair = _Pair(TensorWeakRef(parameter), TensorWeakRef(host), tag.name, is_master)
+        if parameter.requires_grad:
+            pair.watch(store, parameter)
         self._pairs.append(pair)
         return host
 
@@ -149,36 +160,51 @@ class HostParameters:
                 else:
                     host.grad.copy_(model.grad)
                 pair.agree(model.grad, host.grad)
-                if not pair.is_watched and model.requires_grad:
-                    pair.watch(store, model)
 
     @staticmethod
     def _is_news(pair: _Pair, gradient: Tensor) -> bool:
         return pair.shown is None or pair.shown[0]() is not gradient or pair.shown[1] != gradient._version
 
-    def begin_backward(self, store: PageStore, backward: int) -> bool:
-        """Called by each graph of a backward.
+    def begin_backward(self, store: PageStore) -> None:
+        """Called, with the store locked, before each compiled graph of a backward and before each gradient that lands.
 
-        Args:
-            backward: its number.
-
-        Returns:
-            Whether it has just begun, and `end_backward` is to be called when it has ended.
+        The first call of a backward looks what became of gradients since the one before, and has all shown at its end.
         """
-        if self._running == backward:
-            return False
-        if self._running is not None:  # it was cut short by an exception; what has landed of it was never shown
+        # Private, but there is no other way to tell one backward from the next, nor to know when it has ended.
+        backward = torch._C._current_graph_task_id()
+        if backward == self._last or backward in self._running:
+            return
+        self._last = backward
+        self._forget_what_was_cut_short()
+        self.follow_zeroing(store)
+        for pair, model, _ in self._living():
+            if not pair.is_watched and model.requires_grad:  # it was frozen
+                pair.watch(store, model)
+        if torch._dynamo.compiled_autograd.in_compiled_autograd_region:
+            return  # which calls nobody at its end: gradients are shown when the optimizer steps
+
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
+        def end() -> None:
+            with store.lock:
+                del self._running[backward]
+                store.settle()
+                self.show_gradients(store)
+
+        self._running[backward] = weakref.ref(end)
+        torch.autograd.Variable._execution_engine.queue_callback(end)
+
+    def _forget_what_was_cut_short(self) -> None:
+        """What has landed of a backward that ended with an exception was never shown, so nobody could zero it.
+
+        Such a one has dropped its callback. Others may be under way: a checkpoint's backward runs inside of one.
+        """
+        cut_short = [backward for backward, end in self._running.items() if end() is None]
+        for backward in cut_short:
+            del self._running[backward]
+        if cut_short and not self._running:
             for pair, model, host in self._living():
                 if host.grad is None and model.grad is not None and self._is_news(pair, model.grad):
                     model.grad = None
-        self._running = backward
-        self.follow_zeroing(store)
-        return True
-
-    def end_backward(self, store: PageStore) -> None:
-        """All gradients have arrived."""
-        self._running = None
-        self.show_gradients(store)
 
     def follow_zeroing(self, store: PageStore) -> None:
         """A gradient that was set to None, or changed, on one side is so on the other one."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -33,6 +34,7 @@ def watch_optimizers() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+@_disable_dynamo  # in a compiled function a wait would become a node of its graph
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # the hook's
     for store in _stores(optimizer):
         if store.hosted or store.rehomed:  # the host is about to write what copies read
@@ -41,6 +43,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
             store.hosted.show_gradients(store)
 
 
+@_disable_dynamo
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # the hook's
     for store in _stores(optimizer):
         if store.hosted:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import functools
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import spcompile
 from spcompile import host_parameters
@@ -527,41 +529,193 @@ def test_no_gradient_is_kept_twice(way: str) -> None:
     assert all(address == hosts[index] for index, address in own.items())
 
 
-class Mixed(nn.Module):
-    """A compiled body between an eager stem and an eager head."""
+class Body(nn.Module):
+    """Layers of a class of its own: what ``nn.Sequential`` calls Dynamo does not look at."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Mixed(nn.Module):
+    """A body, which may be compiled, between an eager stem and an eager head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(8, 8), Body(), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(self.body(torch.tanh(self.stem(x))))
         return y
 
 
+STREAM: Any = {"backend": "superpipeline", "options": {"k": 2, "compiler": "eager", "device": "cpu"}}
+
+
+class Both:
+    """A plain model, and an equal one that is offloaded and trained on the host."""
+
+    def __init__(self, is_compiled: bool) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.plain = Mixed()
+        self.model = copy.deepcopy(self.plain)
+        spcompile.offload(self.model, "cpu")
+        self.is_compiled = is_compiled
+        if is_compiled:
+            self.model.body.compile(**STREAM)
+        self.hosts = host_parameters(self.model)
+        self.sides = [(self.plain, list(self.plain.parameters())), (self.model, self.hosts)]
+        self.optimizers = [torch.optim.SGD(parameters, 0.1) for _, parameters in self.sides]
+
+    def backward(self, loss: Callable[[Mixed, Tensor], Tensor]) -> None:
+        x = torch.randn(4, 8)
+        for each, _ in self.sides:
+            loss(each, x).backward()  # type: ignore[no-untyped-call]
+
+    def step(self, to_none: bool) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+
+    def assert_same_gradients(self) -> None:
+        for one, *others in zip(self.plain.parameters(), self.model.parameters(), self.hosts, strict=True):
+            for other in others:
+                torch.testing.assert_close(other.grad, one.grad)
+
+    def assert_same_weights(self) -> None:
+        for one, other in zip(self.plain.parameters(), self.model.parameters(), strict=True):
+            torch.testing.assert_close(other, one)
+        store = find_store(self.model.parameters())
+        assert store is not None
+        assert any(runtime.plan.intervals for runtime in store.runtimes()) == self.is_compiled
+
+
+def mean_square(model: nn.Module, x: Tensor) -> Tensor:
+    loss: Tensor = model(x).pow(2).mean()
+    return loss
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("to_none", [False, True])
 def test_where_a_part_of_backward_is_eager(is_compiled: bool, to_none: bool) -> None:
     """Gradients of what ran before the first compiled graph of a backward were added to those of the step before, and
-    then thrown away with them."""
-    model = Mixed()
-    plain = copy.deepcopy(model)
-    spcompile.offload(model, "cpu")
-    if is_compiled:
-        model.body.compile(backend="superpipeline", options={"k": 2, "compiler": "eager"})
-    optimizers = [torch.optim.SGD(parameters, 0.1) for parameters in (list(plain.parameters()), host_parameters(model))]
+    then thrown away with them; those of a backward without any were on the host when the optimizer stepped."""
+    both = Both(is_compiled)
     for _ in range(4):
-        x = torch.randn(4, 8)
-        for each in (plain, model):
-            for half in x.chunk(2):  # gradients of two are added up
-                each(half).pow(2).mean().backward()
+        for _ in range(2):
+            both.backward(mean_square)
+        both.assert_same_gradients()
+        for _, parameters in both.sides:
+            nn.utils.clip_grad_norm_(parameters, 0.05)
+        both.step(to_none)
+    both.assert_same_weights()
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_a_backward_with_no_compiled_graph_in_it(to_none: bool) -> None:
+    """Between others: a loss of the head alone. Clipping found the gradients of the step before, and they came back."""
+    both = Both(is_compiled=True)
+    for step in range(5):
+        both.backward(mean_square if step not in (2, 3) else lambda model, x: mean_square(model.head, x))
+        for _, parameters in both.sides:
+            nn.utils.clip_grad_norm_([each for each in parameters if each.grad is not None], 0.05)
+        both.step(to_none)
+    both.assert_same_weights()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_after_a_backward_that_failed_nothing_of_the_next_is_lost(is_compiled: bool) -> None:
+    both = Both(is_compiled)
+
+    def fail(_: Tensor) -> None:
+        raise ArithmeticError("in the middle")
+
+    def failing(model: Mixed, x: Tensor) -> Tensor:
+        y = torch.tanh(model.stem(x))
+        y.register_hook(fail)  # type: ignore[no-untyped-call]
+        return mean_square(nn.Sequential(model.body, model.head), y)
+
+    both.backward(mean_square)
+    both.step(to_none=True)
+    for each, _ in both.sides:
+        with pytest.raises(ArithmeticError):
+            failing(each, torch.randn(4, 8)).backward()  # type: ignore[no-untyped-call]
+    for optimizer in both.optimizers:
+        optimizer.zero_grad()
+    for _ in range(2):
+        both.backward(mean_square)
+        both.assert_same_gradients()
+        both.step(to_none=True)
+    both.assert_same_weights()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_inside_of_a_backward(is_compiled: bool, reentrant: bool) -> None:
+    """That of a checkpoint was taken for the first one after one that had failed."""
+    both = Both(is_compiled)
+
+    def with_checkpoint(model: Mixed, x: Tensor) -> Tensor:
+        y = torch.tanh(model.stem(x))
+        return mean_square(model.head, checkpoint(model.body, y, use_reentrant=reentrant))
+
+    for _ in range(3):
+        for _ in range(2):
+            both.backward(with_checkpoint)
+        both.assert_same_gradients()
+        both.step(to_none=True)
+    both.assert_same_weights()
+
+
+@pytest.mark.parametrize("way", ["offloaded", "re-homed"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_and_step_inside_of_a_compiled_function(way: str, precision: torch.dtype) -> None:
+    """Dynamo looked at what happens around the gradients and the step, and made of it what it likes."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = Body().to(precision)
+    model = copy.deepcopy(plain)
+    x = torch.randn(4, 8, dtype=precision)
+    if way == "offloaded":
+        spcompile.offload(model, "cpu")
+    with torch.no_grad():
+        torch.compile(model, **STREAM)(x)  # a model on the CPU is known from here on
+    hosts = host_parameters(model, master_dtype=torch.float32)
+    masters = [nn.Parameter(each.detach().float()) for each in plain.parameters()]
+    optimizer = torch.optim.SGD(hosts, 0.1)
+
+    def step(x: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = mean_square(model, x)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss
+
+    compiled = torch.compile(step, **STREAM)
+    for _ in range(3):
+        x = torch.randn(4, 8, dtype=precision)
+        expected = mean_square(plain, x)
+        for each, gradient in zip(masters, torch.autograd.grad(expected, list(plain.parameters())), strict=True):
+            each.data -= 0.1 * gradient.float()
+        torch.testing.assert_close(compiled(x), expected)
+        with torch.no_grad():
+            for each, master in zip(plain.parameters(), masters, strict=True):
+                each.copy_(master)
         for one, other in zip(plain.parameters(), model.parameters(), strict=True):
-            assert one.grad is not None
-            assert other.grad is not None
-            assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=to_none)
-    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(other, one)
+
+
+def test_nothing_is_left_on_a_parameter_that_was_restored() -> None:
+    model = nn.Linear(4, 4)
+    for _ in range(3):
+        spcompile.offload(model, "cpu")
+        host_parameters(model)
+        model(torch.randn(2, 4)).sum().backward()
+        spcompile.restore(model, "cpu")
+    assert not any(each._backward_hooks for each in model.parameters())
