@@ -47,8 +47,9 @@ logger = logging.getLogger(__name__)
 MARGIN_FRACTION = 0.05
 """Part of the device's free memory that a plan leaves alone where nothing was asked for: fragmentation, workspaces."""
 
-PARTS = (2, 3, 4, 6, 8, 12, 16, 32)
-"""Parts of the largest page that are tried as the limit of a page, where whole layers leave too little room."""
+PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+"""Parts of the largest page that are tried as the limit of a page, where whole layers leave too little room. All of
+it is less than a layer where an earlier graph of the model was cut."""
 
 TRIED_CUTS = 4
 """Cuts that are placed, of those with room for the smallest plan: the first of them gain most."""

@@ -177,6 +177,25 @@ def test_layers_are_cut_finer_where_copies_of_whole_ones_could_not_run_ahead() -
     assert in_force.pages == plan.pages
 
 
+def test_a_second_graph_is_cut_like_the_first_one() -> None:
+    """Pages are what they are by then: finer pieces of a layer save nothing, and each is a call."""
+
+    def make_deep() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Sequential(*(nn.Linear(512, 512) for _ in range(6))) for _ in range(6))).eval()
+
+    rows, row = torch.randn(1024, 512), torch.randn(1, 512)
+    budget = planned(make_deep(), rows, k=1).tradeoff()[0].peak_bytes
+    fast = compiled(spcompile.offload(make_deep(), device="cpu"), budget=budget)
+    with torch.no_grad():
+        assert torch.equal(fast(rows), make_deep()(rows))
+        assert torch.equal(fast(row), make_deep()(row))
+    plans = spcompile.plan(fast)
+    assert isinstance(plans, tuple)
+    assert [len(plan.pages) for plan in plans] == [12, 12]
+    assert [[step.reads for step in plan.steps] for plan in plans] == [[(page,) for page in range(12)]] * 2
+
+
 def test_layers_stay_whole_where_more_copies_would_take_longer() -> None:
     """The copies of small layers take their fixed time: half as large ones take it twice."""
     model, x = make(), torch.randn(3, WIDTH)
