@@ -146,12 +146,8 @@ class _Compiler:
 
     @property
     def store(self) -> PageStore:
-        """That of the model. If it is gone when a backward is compiled, an empty one: that runs on its arguments."""
-        store = self._store()
-        if store is None:
-            store = self._like_store()
-            self._store = lambda: store
-        return store
+        """That of the model, or an empty one like it, where a backward is compiled and the model is gone."""
+        return self._store() or self._like_store()
 
     def _rehomed(self, compiled: Callable[..., Any]) -> RehomedCall:
         capture = self.capture
@@ -198,7 +194,9 @@ class _Compiler:
         looks = {index: views[name] for index, name in places.items()}
         graph = CompiledGraph(program.module, layout, looks, written, store, self.find_store, program.options)
         self.graphs.append(graph)
-        if self.traced:  # a backward, compiled at the first .backward()
+        if self._store() is None:
+            graph.run_in_place()
+        elif self.traced:  # a backward, compiled at the first .backward()
             self._place()
         return graph
 

@@ -141,6 +141,10 @@ class CompiledGraph:
                 self.takes_in = store.takes_in
                 self._use(self._runtime_of(store))
 
+    def run_in_place(self) -> None:
+        """Run on the arguments from now on, until some come that are in a page store."""
+        self._use(InPlace(self.layout))
+
     def _follow(self, args: Sequence[Any]) -> None:
         """Change to the store of the arguments, if it is another than last time."""
         first = args[next(iter(self.weight_places))]
@@ -154,7 +158,7 @@ class CompiledGraph:
         if held is not None:
             self.select(held.store)
         elif not self._take_in(args) and current is None:
-            self._use(InPlace(self.layout))
+            self.run_in_place()
 
     def _take_in(self, args: Sequence[Any]) -> bool:
         """If nobody offloaded the model that came, nor the last one, make a store for it; returns whether it did.

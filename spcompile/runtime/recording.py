@@ -106,7 +106,7 @@ class Recorder:
         self._released: dict[tuple[int, int], Tenant] = {}  # by range of the arena: who was evicted from it last
         self._open: _Run | None = None
         self._record = streams.compute_record
-        self._wait_for_device()
+        self._streams.synchronize()
         streams.set_timed(True)
         self._origin, self._origin_s = streams.compute_record(), clock()  # an idle device is there at once
 
@@ -182,7 +182,7 @@ class Recorder:
 
     def finish(self, peak_bytes: int | None) -> list[Recording]:
         """Wait for the device, and say what happened: a recording for each plan, in the order of their first runs."""
-        self._wait_for_device()
+        self._streams.synchronize()
         self._streams.set_timed(False)
         groups: dict[int, list[list[_Run]]] = {}
         for run in self._runs:
@@ -193,11 +193,6 @@ class Recorder:
                 iterations.append([run])
         causes = self._causes()
         return [self._recording(iterations, causes, peak_bytes) for iterations in groups.values()]
-
-    def _wait_for_device(self) -> None:
-        self._streams.synchronize()
-        if not self.is_emulated:
-            torch.cuda.synchronize()
 
     def _us(self, event: Any) -> float:
         return self._streams.time_us(event, self._origin)

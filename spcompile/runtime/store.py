@@ -442,8 +442,6 @@ class PageStore:
     def settle(self) -> None:
         """Wait for every copy and kernel that may still read or write a weight."""
         self.arena.streams.synchronize()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def place(self, plan: Plan) -> None:
         """Put the weights where the plan wants them: residents and leftovers on the device, other pages on the host.

@@ -151,12 +151,13 @@ class CudaStreams:
         """Nothing: only the emulated device poisons what is freed."""
 
     def synchronize(self) -> None:
-        self.side.synchronize()
-        self.down.synchronize()
+        """Wait for all that the device has to do: callers may have computed on several streams."""
+        torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Wait for what is on its way: the memory that it reads and writes is about to go."""
-        self.synchronize()
+        """Wait for copies on their way: the memory that they read and write is about to go."""
+        self.side.synchronize()
+        self.down.synchronize()
 
 
 class EmulatedEvent:

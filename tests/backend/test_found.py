@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile
 from spcompile.planner.choose import least_capacity_bytes
-from spcompile.runtime.store import find_store
+from spcompile.runtime.store import PageStore, find_store
 from spcompile.runtime.streams import EmulatedStreams
 from tests.models import Spec
 from tests.running import compile_offloaded
@@ -238,18 +238,27 @@ def test_compiled_code_of_a_backward_keeps_no_model_alive(is_offloaded: bool) ->
     assert [each() for each in alive] == [None] * len(alive)
 
 
-def test_a_backward_that_is_compiled_when_its_model_is_gone() -> None:
+@pytest.mark.parametrize("way", ["offloaded", "re-homed"])
+def test_a_backward_that_is_compiled_when_its_model_is_gone(way: str) -> None:
+    """It runs on its arguments; an arena and memory for gradients that it had for itself stayed for good."""
+    torch._dynamo.reset()
+    gc.collect()
+    before = {id(each) for each in gc.get_objects() if type(each) is PageStore}
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
     x = torch.randn(2, 8, requires_grad=True)
     model(x).sum().backward()
     assert x.grad is not None
     expected = x.grad
-    fast = torch.compile(
-        spcompile.offload(model, "cpu"), backend="superpipeline", options={"k": 2, "compiler": "eager"}
-    )
+    if way == "offloaded":
+        spcompile.offload(model, "cpu")
+    fast = torch.compile(model, backend="superpipeline", options={"k": 2, "compiler": "eager", "device": "cpu"})
     loss = fast(x).sum()
-    spcompile.restore(model)
+    if way == "offloaded":
+        spcompile.restore(model)
     del model, fast
     gc.collect()
     (gradient,) = torch.autograd.grad(loss, x)
     assert torch.equal(gradient, expected)
+    del loss
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is PageStore and id(each) not in before]
