@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,17 @@ def run(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *argv], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
-def test_help_comes_at_once_and_without_torch() -> None:
-    times_s = []
-    for _ in range(3):
-        begin_s = time.perf_counter()
-        done = run("plan", "--help")
-        times_s.append(time.perf_counter() - begin_s)
-        assert (done.returncode, done.stderr) == (0, "")
-    assert min(times_s) < 0.5
-    code = "import sys, spcompile.cli; spcompile.cli.main(['--help']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 0
+def test_help_comes_at_once() -> None:
+    """Without what takes long to import; 0.1 s then."""
+    done = run("plan", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    code = (
+        "import sys, spcompile.cli; spcompile.cli.main(['plan', '--help'])\n"
+        "slow = {'torch', 'numpy', 'sympy', 'networkx', 'matplotlib', 'transformers'}\n"
+        "print(slow & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stderr == "set()\n"
 
 
 def test_a_mistake_is_one_line_and_no_traceback() -> None:
