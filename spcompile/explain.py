@@ -63,7 +63,7 @@ def record(model: torch.nn.Module | Callable[..., Any]) -> Iterator[list[Recordi
     """Measure what happens on the device while the block runs, for `explain` and for pictures.
 
     Resets ``torch.cuda``'s peak memory statistics, and waits for the device at both ends. Segments get NVTX ranges with
-    their names for the time.
+    their names for the time. Of a long block the first 256 runs of graphs are measured.
 
     Args:
         model: what torch.compile returned, or the module inside; it has to have run once.

@@ -100,6 +100,8 @@ class CompiledGraph:
 
     def _run(self, runtime: Transfers | InPlace, store: PageStore, args: list[Any]) -> Any:
         recorder = store.recorder if isinstance(runtime, Transfers) else None
+        if recorder is not None and recorder.is_full:
+            recorder = None
         if recorder is not self._recorder:
             self._recorder = recorder
             if store.device.type == "cuda":

@@ -42,7 +42,8 @@ SHORTEST_STALL_US = 5.0
 """Shorter waits are the events' own time and no stall."""
 
 MOST_RUNS = 256
-"""Runs of graphs that one recording keeps. Later ones are left out: a forgotten recording shall not eat memory."""
+"""Runs of graphs that one recording keeps. Later ones are left out: a forgotten recording shall eat neither memory nor
+time."""
 
 
 class _Mark(NamedTuple):
@@ -110,13 +111,15 @@ class Recorder:
         streams.set_timed(True)
         self._origin, self._origin_s = streams.compute_record(), clock()  # an idle device is there at once
 
+    @property
+    def is_full(self) -> bool:
+        """Whether what runs from now on is left out."""
+        return self._open is None and len(self._runs) >= MOST_RUNS
+
     # What the runtime tells.
 
     def begin(self, plan: Plan, *, is_backward: bool) -> None:
-        """A graph starts to run."""
-        if len(self._runs) >= MOST_RUNS:
-            self._open = None
-            return
+        """A graph starts to run; not told when full."""
         self._record = self._streams.compute_recorder()
         self._open = _Run(plan, is_backward, [_Mark("begin", -1, self._record())])
         self._runs.append(self._open)
@@ -131,6 +134,8 @@ class Recorder:
 
     def copying(self, page: str, nbytes: int, slot: Slot) -> Any:
         """The copy of a page into a slot comes next on its stream; returns what `copied` is to be told."""
+        if self.is_full:
+            return None
         last = self._released.values()
         released = [each.released for each in last if each.overlaps(slot.offset_bytes, slot.nbytes)]
         begun = None if self._open is None else self._open.marks[0].event
@@ -141,6 +146,8 @@ class Recorder:
 
     def copied(self, copy: Any, tenant: Tenant) -> None:
         """It has been issued."""
+        if copy is None:
+            return
         copy.ready = tenant.ready
         self._copies[tenant] = copy
         self._order.append(copy)
