@@ -84,8 +84,8 @@ def _cut_runs(runs: Iterable[Run], weight_of: Mapping[fx.Node, Weight], limit_by
         pieces = cut_finer(run.nodes, weight_of, limit_bytes) if too_large else [run.nodes]
         for number, nodes in enumerate(pieces):
             label = f"{run.label}:{number}" if len(pieces) > 1 else run.label
-            read = {weight_of[source] for node in nodes for source in node.all_input_nodes if source in weight_of}
-            reads = {weight: path for weight, path in run.reads.items() if weight in read}
+            read = (weight_of[source] for node in nodes for source in node.all_input_nodes if source in weight_of)
+            reads = {weight: run.reads[weight] for weight in dict.fromkeys(read)}
             yield Run(run.program, label, run.layer, nodes, reads)
 
 
@@ -95,7 +95,8 @@ def _join_weightless(runs: list[Run]) -> list[Run]:
         previous = joined[-1] if joined else None
         if previous is not None and (previous.layer == run.layer or (run.layer is None and not run.reads)):
             previous.nodes.extend(run.nodes)
-            previous.reads = run.reads | previous.reads
+            for weight, path in run.reads.items():
+                previous.reads.setdefault(weight, path)
         else:
             joined.append(run)
     return joined

@@ -226,15 +226,60 @@ def test_pages_that_were_cut_stay_so() -> None:
     assert plan.peak_bytes() <= 2 * least_bytes
 
 
+def said_to_do(error: Exception) -> int:
+    """The smallest budget in bytes, by the message that one is too small."""
+    match = re.search(r"the smallest that can be kept is ([\d,]+) bytes", str(error))
+    assert match is not None
+    return int(match[1].replace(",", ""))
+
+
+class NormedBlock(Block):
+    """Its first and its last weights are small: a piece takes the last together with the first of the next use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(super().forward(torch.relu(self.mix(x))))
+        return y
+
+
+class Recurrent(nn.Module):
+    """One layer three times in a row, as in ALBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([NormedBlock()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.layers[0](x)
+        return x
+
+
+def test_layers_that_are_used_in_a_row_are_cut_between_their_uses() -> None:
+    """A piece with the end of one use and the begin of the next reads the layer's weights in an order of its own."""
+    model, x = Recurrent().eval(), torch.randn(3, WIDTH)
+    layer_bytes = sum(each.nbytes for each in model.parameters())
+    with torch.no_grad():
+        with pytest.raises(BackendError) as caught:
+            compiled(model, budget=1000)(x)
+        least = said_to_do(caught.value)
+        for budget in range(least, least + layer_bytes, layer_bytes // 8):
+            torch._dynamo.reset()
+            fast = compiled(spcompile.offload(Recurrent().eval(), device="cpu"), budget=budget)
+            assert torch.equal(fast(x), model(x))
+
+
 def test_a_budget_that_is_too_little_says_what_would_do() -> None:
     model, x = make(), torch.randn(3, WIDTH)
     with pytest.raises(BackendError, match=r"option 'budget' = 9\.77 KiB is too little") as caught, torch.no_grad():
         compiled(model, budget=10_000)(x)
-    message = str(caught.value)
-    assert "for the values of segment" in message
-    match = re.search(r"the smallest that can be kept is ([\d,]+) bytes", message)
-    assert match is not None
-    least = int(match[1].replace(",", ""))
+    assert "for the values of segment" in str(caught.value)
+    least = said_to_do(caught.value)
     with torch.no_grad():
         assert torch.equal(compiled(model, budget=least)(x), make()(x))
     with pytest.raises(BackendError, match=f"{least:,} bytes"), torch.no_grad():
