@@ -25,7 +25,7 @@ from spcompile.runtime.recording import Recorder, watch
 from spcompile.runtime.store import PageStore
 from spcompile.runtime.streams import EmulatedStreams
 from spcompile.runtime.transfers import InPlace, Layout, Transfers
-from spcompile.runtime.weights import TAG, WeightView, tag_of
+from spcompile.runtime.weights import WeightView, tag_of, tag_on
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class CompiledGraph:
     def _follow(self, args: Sequence[Any]) -> None:
         """Change to the store of the arguments, if it is another than last time."""
         first = args[next(iter(self.weight_places))]
-        tag = getattr(first, TAG, None)
+        tag = tag_on(first)
         current = self.runtime.live_store()
         if current is not None and (tag is None or tag.store is current):
             if tag is None:

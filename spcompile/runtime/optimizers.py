@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
 )
 
 from spcompile.runtime.store import PageStore
-from spcompile.runtime.weights import TAG, Tag
+from spcompile.runtime.weights import tag_on
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
 
 def _stores(optimizer: Optimizer) -> set[PageStore]:
     """The stores of the weights that an optimizer owns."""
-    tags = (getattr(tensor, TAG, None) for tensor in _parameters(optimizer))
-    return {tag.store for tag in tags if isinstance(tag, Tag)}
+    return {tag.store for tensor in _parameters(optimizer) if (tag := tag_on(tensor)) is not None}
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -55,6 +55,7 @@ from spcompile.runtime.weights import (
     real_tensors,
     storage_key,
     tag_of,
+    tag_on,
     untag,
 )
 
@@ -95,6 +96,9 @@ class PageStore:
         self.weights: dict[str, StoredWeight] = {}
         self.generation = 0
         self.pages: list[Page] = []
+        self._other_pages: list[Page] = []
+        """Of weights that are in another page, too: a graph was called for a layer that shares some with another one.
+        No plan names them, so each has a number, which no plan's page has."""
         streams: Streams = CudaStreams(device) if device.type == "cuda" else EmulatedStreams()
         self.arena = Arena(device, streams)
         self.gradients = GradientMemory(device)
@@ -203,8 +207,8 @@ class PageStore:
 
         ``model.half()`` and ``param.data = other`` leave the tag on tensors that look elsewhere.
         """
-        tag = getattr(tensor, TAG, None)
-        if not isinstance(tag, Tag) or tag.store is not self or tag.name not in self.weights:
+        tag = tag_on(tensor)
+        if tag is None or tag.store is not self or tag.name not in self.weights:
             return False
         return self._views(tensor, self.weights[tag.name])
 
@@ -253,15 +257,20 @@ class PageStore:
         if any(each.resident is not None and each.has_home for each in stored):
             return None  # resident, by another graph's plan: best used where they are
         self.make_offloaded(weight.name for weight in weights)
-        known = next((page for page in self.pages if page.weights == weights), None)
+        known = next((page for page in self._all_pages() if page.weights == weights), None)
         if known is not None:
             return known
-        taken = {page.name for page in self.pages}
+        paged = {weight.name for page in self.pages for weight in page.weights}
+        kept = self._other_pages if any(weight.name in paged for weight in weights) else self.pages
         paths = [weight.name.split(".") for weight in weights]
         shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         name = ".".join(parts[0] for parts in shared) or weights[0].name
-        self.pages.append(Page(_free_name(name, taken), weights))
-        return self.pages[-1]
+        taken = {page.name for page in self._all_pages()} | ({name} if kept is self._other_pages else set())
+        kept.append(Page(_free_name(name, taken), weights))
+        return kept[-1]
+
+    def _all_pages(self) -> list[Page]:
+        return [*self.pages, *self._other_pages]
 
     def page_like(self, page: Page, names: Mapping[str, str]) -> Page | None:
         """The page that has these weights where another one has its own; see `page_of`.
@@ -271,7 +280,7 @@ class PageStore:
             names: for its weights, those in their places. A backward graph may not see all of them: the page is then
                 one that the forward graph has found.
         """
-        for each in self.pages:
+        for each in self._all_pages():
             same_sizes = [weight.nbytes for weight in each.weights] == [weight.nbytes for weight in page.weights]
             pairs = zip(page.weights, each.weights, strict=False)
             if same_sizes and all(names.get(own.name, other.name) == other.name for own, other in pairs):

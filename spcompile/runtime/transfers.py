@@ -361,7 +361,8 @@ class Transfers(torch.nn.Module):
             self._is_shared = True
             logger.warning(
                 "one compiled graph serves several layers (%r and %r are the first): Dynamo broke the graph between "
-                "them; TORCH_LOGS=graph_breaks says why. They are streamed, but copies hardly overlap with compute",
+                "them (TORCH_LOGS=graph_breaks says why), or some of their weights were exchanged. They are streamed, "
+                "but copies hardly overlap with compute",
                 page.name,
                 bound.name,
             )

@@ -121,8 +121,14 @@ class StoredWeight:
 
 def tag_of(tensor: Tensor) -> Tag | None:
     """The tag of a tensor that looks at a stored weight; None for every other tensor."""
+    tag = tag_on(tensor)
+    return tag if tag is not None and tag.store.holds(tensor) else None
+
+
+def tag_on(tensor: Tensor) -> Tag | None:
+    """The tag of a tensor, wherever that looks by now. (What is left of one on a pickled tensor is none.)"""
     tag = getattr(tensor, TAG, None)
-    return tag if isinstance(tag, Tag) and tag.store.holds(tensor) else None
+    return tag if isinstance(tag, Tag) else None
 
 
 def untag(tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import random
 import subprocess
 import sys
@@ -262,3 +263,81 @@ def test_a_backward_that_is_compiled_when_its_model_is_gone(way: str) -> None:
     del loss
     gc.collect()
     assert not [each for each in gc.get_objects() if type(each) is PageStore and id(each) not in before]
+
+
+class Sharing(nn.Module):
+    """A block that shares a part with the others."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.own, self.shared = nn.Linear(32, 32), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.shared(torch.tanh(self.own(x)))
+        torch._dynamo.graph_break()
+        return y
+
+
+class Blocks(nn.Module):
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["offloaded", "re-homed"])
+def test_layers_that_share_a_part_and_one_graph(way: str) -> None:
+    """The graph was bound to pages with a weight in common; one of another batch size then had it in two places."""
+    torch._dynamo.reset()
+    shared = nn.Linear(32, 32)
+    model = Blocks([Sharing(shared) for _ in range(5)]).eval()
+    plain = copy.deepcopy(model)
+    if way == "offloaded":
+        spcompile.offload(model, "cpu")
+    fast = torch.compile(model, backend="superpipeline", options={"k": 2, "compiler": "eager", "device": "cpu"})
+    with torch.no_grad():
+        for rows in (4, 2, 3, 4, 1):
+            x = torch.randn(rows, 32)
+            assert torch.equal(fast(x), plain(x))
+
+
+@pytest.mark.parametrize("way", ["offloaded", "re-homed"])
+def test_weights_that_are_tied_after_the_first_call(way: str) -> None:
+    """The compiled graph follows its arguments; the next one is planned for the tied weights."""
+    torch._dynamo.reset()
+    model = Blocks([Reversed() for _ in range(5)]).eval()
+    plain = copy.deepcopy(model)
+    if way == "offloaded":
+        spcompile.offload(model, "cpu")
+    fast = torch.compile(model, backend="superpipeline", options={"k": 2, "compiler": "eager", "device": "cpu"})
+    with torch.no_grad():
+        assert torch.equal(fast(torch.ones(4, 32)), plain(torch.ones(4, 32)))
+        for each in (model, plain):
+            first, last = each.blocks[1], each.blocks[3]
+            assert isinstance(first, Reversed)
+            assert isinstance(last, Reversed)
+            first.middle.weight = last.last.weight
+        for rows in (4, 2, 3):
+            x = torch.randn(rows, 32)
+            assert torch.equal(fast(x), plain(x))
+
+
+@pytest.mark.parametrize("way", ["offloaded", "re-homed"])
+def test_a_pickled_copy_is_compiled_while_the_model_lives(way: str) -> None:
+    """What a pickled tensor keeps of its tag was taken for one by the code that both share."""
+    torch._dynamo.reset()
+    model = Blocks([Reversed() for _ in range(3)]).eval()
+    if way == "offloaded":
+        spcompile.offload(model, "cpu")
+    options: dict[str, str | int | bool | Callable[..., object]] = {"k": 2, "compiler": "eager", "device": "cpu"}
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        expected = torch.compile(model, backend="superpipeline", options=options)(x)
+        other: Blocks = pickle.loads(pickle.dumps(model))
+        for _ in range(2):
+            assert torch.equal(torch.compile(other, backend="superpipeline", options=options)(x), expected)
+            spcompile.offload(other, "cpu")
