@@ -181,12 +181,16 @@ class RehomedCall:
         }
         inputs = [uploads.get(index, value) for index, value in enumerate(args)]
         versions = {index: tensor._version for index, tensor in uploads.items()}
-        if torch.is_grad_enabled():
-            _attach_gradients(store, args, inputs, uploads)
-        outputs = self.compiled(*inputs)
+        # A graph may enable gradients itself, and is then compiled for training where its caller wants none.
+        is_training = torch.is_grad_enabled() or any(graph.plan.backward_step is not None for graph in self.graphs)
+        with torch.set_grad_enabled(is_training):
+            if is_training:
+                _attach_gradients(store, args, inputs, uploads)
+            outputs = self.compiled(*inputs)
         self._write_back(store, args, inputs, uploads, versions)
         origins = {storage_key(tensor): (args[index], tensor) for index, tensor in uploads.items()}
-        results = [_down(output, origins) if isinstance(output, Tensor) else output for output in outputs]
+        with torch.set_grad_enabled(is_training):
+            results = [_down(output, origins) if isinstance(output, Tensor) else output for output in outputs]
         self.settle()
         return results
 

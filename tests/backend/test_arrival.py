@@ -527,6 +527,32 @@ def test_checkpointing_inside_the_model() -> None:
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+def test_a_model_that_enables_gradients_itself() -> None:
+    """Forces are gradients of an energy, wanted under ``no_grad``: so the graph is one of training, its call is not."""
+
+    class Forces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+        def energy(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return x.sum()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(self.energy(x), x)[0]
+
+    model, plain = pair(Forces)
+    fast = compiled(model)
+    with torch.no_grad():
+        for rows in (4, 4, 3):
+            x = torch.randn(rows, WIDTH)
+            torch.testing.assert_close(fast(x), plain(x))
+
+
 def test_a_tensor_subclass_on_the_cpu_is_refused_by_name() -> None:
     class Marked(Tensor):
         pass
