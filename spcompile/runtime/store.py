@@ -73,6 +73,7 @@ class PageStore:
     Attributes:
         weights: by name, in the order of the model's parameters.
         generation: goes up when copies may be stale although no tensor's version says so.
+        moves: goes up when weights move.
         pages: pages of all graphs so far; a weight never changes its page.
         arena: where streamed pages have their slots.
         gradients: host memory for what backward sends down.
@@ -95,6 +96,7 @@ class PageStore:
         self.takes_in = takes_in
         self.weights: dict[str, StoredWeight] = {}
         self.generation = 0
+        self.moves = 0
         self.pages: list[Page] = []
         self._other_pages: list[Page] = []
         """Of weights that are in another page, too: a graph was called for a layer that shares some with another one.
@@ -116,7 +118,7 @@ class PageStore:
         self._runtimes: list[weakref.ref[Any]] = []
         self._pieces: dict[str, tuple[tuple[int, Tensor], ...]] = {}
         self._addresses: dict[int, str] = {}
-        self._copied: dict[str, Hashable] = {}  # where copies follow: the version of each device copy
+        self._copied: dict[str, Hashable] = {}  # the version of each device copy when it was that of the home
 
     @property
     def has_cpu_parameters(self) -> bool:
@@ -289,6 +291,7 @@ class PageStore:
 
     def _moved(self) -> None:
         """A weight has other memory now."""
+        self.moves += 1
         self._pieces.clear()
         self._addresses.clear()
 
@@ -321,18 +324,30 @@ class PageStore:
         if not moving:
             return
         self.settle()
+        unchanged = {name for name in self.weights if self._copied.get(name) == self.version([name])}
         with real_tensors():
-            stale = [weight for weight in moving if weight.has_home and not self.copies_follow]
-            for weight in stale:
-                assert weight.resident is not None
-                weight.host.copy_(weight.resident)
+            for weight in moving:
+                if weight.has_home and weight.name not in unchanged and not self.copies_follow:
+                    assert weight.resident is not None
+                    weight.host.copy_(weight.resident)
             self._make_homes([weight for weight in moving if not weight.has_home])
             self.settle()
             left = [(weight.name, weight.resident) for weight in moving if weight.resident is not None]
             for weight in moving:
                 self._point(weight, None)
+        self._forget_views()
         self.touch()  # a slot may hold the weight as it was before it was resident
+        for name in unchanged:
+            self._copied[name] = self.version([name])
         _report_held(left)
+
+    def _forget_views(self) -> None:
+        """Of memory in which a weight is no more: they would keep it."""
+        for views in self.views.values():
+            for key, (memory, _) in list(views.items()):
+                weight = self.weights.get(key[1])
+                if weight is None or memory is not weight.current:
+                    del views[key]
 
     def _make_homes(self, weights: Sequence[StoredWeight]) -> None:
         """Copy weights that have no home yet into blocks."""
@@ -462,6 +477,22 @@ class PageStore:
         staying = [weight for page in plan.residents for weight in plan.pages[page].weights]
         self.make_offloaded(self._own(weight for page in at_home for weight in plan.pages[page].weights))
         self.make_resident(self._own([*staying, *plan.leftovers]))
+
+    def place_again(self, plan: Plan) -> None:
+        """`place` for a graph that is about to run, and that another one may have left without its residents, or with
+        more of them than its budget allows. That takes as long as the copies of what moves.
+
+        A graph that reads less than half of the model has to do with what is there: pieces between graph breaks would
+        send what they share to and fro.
+        """
+        if 2 * plan.weights_bytes < sum(weight.nbytes for weight in self.weights.values()):
+            return
+        try:
+            self.place(plan)
+        except OffloadError as error:
+            logger.warning("%s; the device reads these weights in host memory", error)
+        if plan.budget_bytes is not None and self.device_bytes() + plan.beside_bytes() > plan.budget_bytes:
+            self.arena.shrink(plan.arena_bytes)
 
     def trim_arena(self, compiled_with: Hashable) -> None:
         """Keep no larger arena than the graphs of one torch.compile call need: the options given last count. Graphs of

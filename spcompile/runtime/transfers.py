@@ -94,6 +94,7 @@ class Transfers(torch.nn.Module):
         self._pages = plan.pages  # or others, of the same sizes, that an iteration is bound to
         self._binding: Binding = ()
         self._is_shared = False
+        self._moves_seen: int | None = None
         self._next: dict[Binding, tuple[weakref.ref[Transfers], tuple[Page, ...]]] = {}
         self._n_ahead = 0
         starts = () if layout.is_backward else enumerate(plan.intervals)
@@ -114,6 +115,13 @@ class Transfers(torch.nn.Module):
     def live_store(self) -> PageStore | None:
         """The page store; None once the model is gone, or was restored."""
         return self._store()
+
+    def place_again(self) -> None:
+        """Before the arguments are looked at: have the weights where the plan wants them, if any have moved."""
+        store = self.store
+        if self._moves_seen != store.moves:
+            store.place_again(self.plan)
+            self._moves_seen = store.moves
 
     def begin(self, weights: Sequence[Tensor]) -> None:
         """See `spcompile.ops.begin`. ``weights``: one per entry of ``page_inputs``, in its order."""
@@ -404,6 +412,9 @@ class InPlace(torch.nn.Module):
 
     def live_store(self) -> None:
         """There is none."""
+
+    def place_again(self) -> None:
+        """Nothing: the weights are where the caller has them."""
 
     def begin(self, weights: Sequence[Tensor]) -> None:
         """See `spcompile.ops.begin`."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile.backend import BackendError
-from spcompile.ir import Plan
+from spcompile.ir import Plan, Weight
 from spcompile.planner.simulate import predict_iteration_us
+from spcompile.runtime.store import find_store
 
 WIDTH = 64
 
@@ -231,6 +232,41 @@ def said_to_do(error: Exception) -> int:
     match = re.search(r"the smallest that can be kept is ([\d,]+) bytes", str(error))
     assert match is not None
     return int(match[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("way", ["offloaded", "re-homed", "with host parameters"])
+def test_each_graph_keeps_the_budget_when_it_runs(way: str) -> None:
+    """A prompt has large values and few residents, a token the other way round, and they take turns: what stayed for
+    the token was too much for the next prompt, and what the prompt had sent away was not there for the next token."""
+    model, plain = make(), make()
+    if way != "re-homed":
+        spcompile.offload(model, device="cpu")
+    if way == "with host parameters":
+        spcompile.host_parameters(model)
+    prompt, token = torch.randn(150, WIDTH), torch.randn(1, WIDTH)
+    budget = planned(plain, prompt, k=2).peak_bytes()
+    fast = compiled(model, budget=budget)
+    with torch.no_grad():
+        for x in (prompt, token, token, prompt, prompt, token):
+            assert torch.equal(fast(x), plain(x))
+            store = find_store(model.parameters())
+            assert store is not None
+            moves = store.moves
+            with spcompile.record(fast) as recordings:
+                assert torch.equal(fast(x), plain(x))
+            assert store.moves == moves, "the second call in a row finds everything in place"
+            plan = recordings[0].plan
+            assert store.device_bytes() + plan.beside_bytes() <= budget
+            assert all(store.weights[each.name].resident is not None for each in resident_weights(plan))
+            assert recordings[0].moved_bytes[0] <= plan.bytes_moved + plan.arena_bytes  # one guess of what comes next
+    plans = spcompile.plan(fast)
+    assert isinstance(plans, tuple)
+    few, many = (len(each.residents) for each in plans)
+    assert few < many
+
+
+def resident_weights(plan: Plan) -> list[Weight]:
+    return [weight for page in plan.residents for weight in plan.pages[page].weights]
 
 
 class NormedBlock(Block):
