@@ -118,7 +118,7 @@ class PageStore:
         self._runtimes: list[weakref.ref[Any]] = []
         self._pieces: dict[str, tuple[tuple[int, Tensor], ...]] = {}
         self._addresses: dict[int, str] = {}
-        self._copied: dict[str, Hashable] = {}  # the version of each device copy when it was that of the home
+        self._copied: dict[str, Hashable] = {}  # where copies follow: the version of each device copy
 
     @property
     def has_cpu_parameters(self) -> bool:
@@ -324,12 +324,12 @@ class PageStore:
         if not moving:
             return
         self.settle()
-        unchanged = {name for name in self.weights if self._copied.get(name) == self.version([name])}
         with real_tensors():
-            for weight in moving:
-                if weight.has_home and weight.name not in unchanged and not self.copies_follow:
-                    assert weight.resident is not None
-                    weight.host.copy_(weight.resident)
+            # Even where no version says that the copy was edited: what was edited through .data would be lost.
+            stale = [weight for weight in moving if weight.has_home and not self.copies_follow]
+            for weight in stale:
+                assert weight.resident is not None
+                weight.host.copy_(weight.resident)
             self._make_homes([weight for weight in moving if not weight.has_home])
             self.settle()
             left = [(weight.name, weight.resident) for weight in moving if weight.resident is not None]
@@ -337,8 +337,6 @@ class PageStore:
                 self._point(weight, None)
         self._forget_views()
         self.touch()  # a slot may hold the weight as it was before it was resident
-        for name in unchanged:
-            self._copied[name] = self.version([name])
         _report_held(left)
 
     def _forget_views(self) -> None:
