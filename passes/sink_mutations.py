@@ -16,6 +16,8 @@ memory. Inputs that may share memory with each other were merged by AOTAutograd 
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from torch import fx
 
 from spcompile.graph import memory_roots, written_inputs
@@ -25,23 +27,22 @@ from spcompile.passes.base import Program
 def sink_mutations(program: Program) -> None:
     """Move each write into an input right behind the last node that it depends on or that reads the old value."""
     graph = program.graph
-    roots = memory_roots(graph.nodes)
+    readers = _readers(graph)
     for node in list(graph.nodes):
         destinations = written_inputs(node)
         if len(destinations) != 1 or node.users or destinations[0].op != "placeholder":
             continue
-        last = _last_dependency(node, destinations[0], roots)
-        if last is not None and last.op != "placeholder":
+        above = [other for other in readers[destinations[0]] if other < node]
+        last = max([*above, *node.all_input_nodes])
+        if last.op != "placeholder":
             last.append(node)
 
 
-def _last_dependency(node: fx.Node, destination: fx.Node, roots: dict[fx.Node, frozenset[fx.Node]]) -> fx.Node | None:
-    """The last node, as the graph stands now, that must stay above ``node``."""
-    last = None
-    for other in node.graph.nodes:
-        if other is node:
-            return last
-        reads_old_value = any(destination in roots[read] for read in other.all_input_nodes)
-        if reads_old_value or other in node.all_input_nodes:
-            last = other
-    return last
+def _readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, what reads its memory, be it through a view."""
+    roots = memory_roots(graph.nodes)
+    readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for root in {root for read in node.all_input_nodes for root in roots[read]}:
+            readers[root].append(node)
+    return readers

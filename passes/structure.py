@@ -131,7 +131,7 @@ def _join_cycles(parts: list[list[fx.Node]]) -> list[list[fx.Node]]:
     shapes = [_shape_text(part) for part in parts]
     count = len(parts)
     for period in range(1, count // 2 + 1):
-        for start in range(period):
+        for start in range(count - 2 * period + 1):
             repeats = 1
             while shapes[start : start + period] == shapes[start + repeats * period : start + (repeats + 1) * period]:
                 repeats += 1

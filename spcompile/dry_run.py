@@ -102,6 +102,8 @@ class DryRun:
                 if not isinstance(self.error, OptionError):
                     raise
                 raise self.error from None  # Dynamo buries its message
+            finally:  # torch keeps a backend that has raised for good, and this one leaves so
+                self.model, self.programs = nn.Module(), []
         if not programs:
             raise OptionError(
                 "nothing of the model was captured: Dynamo broke the graph everywhere (see TORCH_LOGS=graph_breaks)"

@@ -67,7 +67,7 @@ class Options:
         if self.m is not None and self.k is not None and self.m > self.k:
             raise OptionError(f"option 'm' must be between 1 and k = {self.k}, not {self.m}")
         self._check_ways()
-        if self.device is not None and not re.fullmatch(DEVICES, str(self.device)):
+        if self.device is not None and not re.fullmatch(DEVICES, self.device):
             raise OptionError(f"option 'device' must be 'cuda', 'cuda:<index>' or 'cpu', not {self.device!r}")
         if self.compiler not in COMPILERS:
             raise OptionError(f"option 'compiler' must be one of {', '.join(COMPILERS)}, not {self.compiler!r}")
@@ -123,6 +123,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             raise OptionError(f"unknown option '{name}'; allowed are {', '.join(allowed)}")
     if given.get("budget") is not None:
         given["budget"] = parse_bytes(given["budget"])
+    if given.get("device") is not None:
+        given["device"] = str(given["device"])  # also of a torch.device
     return Options(**given)
 
 

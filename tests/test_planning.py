@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -407,3 +409,17 @@ def test_two_windows_of_one_model_have_a_plan_each() -> None:
             fast(tokens())
     assert [spcompile.plan(fast).k for fast in fasts] == [2, 3]
     assert isinstance(spcompile.plan(model), Plans)
+
+
+def test_a_planned_model_is_let_go() -> None:
+    """torch keeps a backend that has raised, which is how a dry run ends."""
+    models = []
+    for _ in range(2):
+        model = Stack()
+        models.append(weakref.ref(model))
+        with torch.no_grad():
+            spcompile.plan(model, (torch.zeros(1, 3, dtype=torch.int64),), k=2, device="cpu")
+        del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert [each() for each in models] == [None, None]

@@ -92,7 +92,7 @@ class HostParameters:
     """The parameters on the host of one store."""
 
     def __init__(self) -> None:
-        self._pairs: list[_Pair] = []
+        self._pairs: dict[int, _Pair] = {}  # by the model's parameter, which may be gone
         self._running: dict[int, weakref.ref[Callable[[], None]]] = {}
         """The backwards that have begun, by number, with what each calls at its end."""
         self._last = -1
@@ -112,18 +112,15 @@ class HostParameters:
         Raises:
             OptionError: there is one in another precision already.
         """
-        for pair in self._pairs:
-            host: nn.Parameter | None = pair.host()
-            if pair.model() is not parameter or host is None:
-                continue
+        pair = self._pairs.get(id(parameter))
+        host: nn.Parameter | None = None if pair is None or pair.model() is not parameter else pair.host()
+        if pair is not None and host is not None:
             if host.dtype != (dtype or parameter.dtype):
                 raise OptionError(
                     f"the host parameter of {pair.name!r} is of {host.dtype}, not of {dtype or parameter.dtype}"
                 )
             return host
-        host = self._make(store, parameter, dtype)
-        self._pairs = [pair for pair in self._pairs if pair.model() is not None and pair.host() is not None]
-        return host
+        return self._make(store, parameter, dtype)
 
     def _make(self, store: PageStore, parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
         tag = tag_of(parameter)
@@ -137,16 +134,17 @@ class HostParameters:
         pair = _Pair(TensorWeakRef(parameter), TensorWeakRef(host), tag.name, is_master)
         if parameter.requires_grad:
             pair.watch(store, parameter)
-        self._pairs.append(pair)
+        self._pairs[id(parameter)] = pair
         return host
 
     def _living(self) -> list[tuple[_Pair, Tensor, Tensor]]:
         """The pairs of which both parameters live."""
-        both = ((pair, pair.model(), pair.host()) for pair in self._pairs)
+        both = ((pair, pair.model(), pair.host()) for pair in self._pairs.values())
         return [(pair, model, host) for pair, model, host in both if model is not None and host is not None]
 
     def show_gradients(self, store: PageStore) -> None:
         """Give every parameter on the host the gradient of the model's; once all gradients have arrived."""
+        self._pairs = {id(model): pair for pair, model, _ in self._living()}
         with real_tensors():
             for pair, model, host in self._living():
                 if model.grad is None or not self._is_news(pair, model.grad):
@@ -209,7 +207,7 @@ class HostParameters:
     def follow_zeroing(self, store: PageStore) -> None:
         """A gradient that was set to None, or changed, on one side is so on the other one."""
         with real_tensors():
-            for pair in self._pairs:
+            for pair in self._pairs.values():
                 pair.follow_zeroing(store)
 
     def write_masters(self, store: PageStore) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import spcompile
+from spcompile.options import parse_options
 from spcompile.runtime.store import find_store
 from tests.running import compile_offloaded
 
@@ -181,3 +182,7 @@ def test_calling_after_restore_while_somebody_holds_the_store() -> None:
         for each in (model, plain):
             each[0].weight.mul_(2)  # type: ignore[operator]
         assert torch.equal(run.model(x), plain(x))
+
+
+def test_a_device_is_what_its_name_says() -> None:
+    assert parse_options({"device": torch.device("cpu")}) == parse_options({"device": "cpu"})

@@ -295,6 +295,19 @@ def test_nameless_residual_chain() -> None:
     assert layers_of(traced(chain, X, square(8))) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+def test_nameless_residual_chain_between_projections() -> None:
+    """What comes before a cycle may be as long as the cycle: two blocks were joined into one layer."""
+
+    def chain(x: Tensor, ws: list[nn.Parameter]) -> Tensor:
+        x = torch.tanh(x @ ws[0])
+        for up, down in zip(ws[1:-1:2], ws[2:-1:2], strict=True):
+            x = x + torch.relu(x @ up) @ down
+        return torch.sigmoid(x @ ws[-1])
+
+    layers = layers_of(traced(chain, X, square(10)))
+    assert [each for each in layers if len(each) > 1] == [[1, 2], [3, 4], [5, 6], [7, 8]]
+
+
 def test_nameless_transformer_is_joined_per_cycle() -> None:
     """Attention and feed-forward are two parts each; together they are the layer."""
 
