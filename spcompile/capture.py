@@ -202,6 +202,7 @@ class Capture:
             free_bytes += store.device_bytes()  # what is placed already can be placed again
         read = {each.weight for each in weights.values()}
         program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read)
+        program.alike_bytes = _alike_bytes(self.model_weights, read)
         program.free_bytes = free_bytes
         program.machine = find_machine_for(device, self.options)
         program.other_bytes = self._other_bytes(device, store)
@@ -295,6 +296,22 @@ def _elsewhere_pages(known_pages: Sequence[Page], model_weights: Sequence[Weight
     outside_bytes = sum(weight.nbytes for weight, layer in unread.items() if layer is None)
     has_outside = outside_bytes * LEFTOVER_FRACTION > max((weight.nbytes for weight in model_weights), default=0)
     return len(others) + len(set(unread.values()) - {None}) + has_outside
+
+
+def _alike_bytes(model_weights: Sequence[Weight], read: Set[Weight]) -> int:
+    """Bytes of the weights that a graph does not read and that have in their layers the place that one has which it
+    reads: another graph will read these, or this one will be called for those layers, too."""
+    layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in model_weights)
+    places = {weight: _place_in_layer(weight, layer_paths) for weight in model_weights}
+    mine = {places[weight] for weight in read if weight in places} - {None}
+    return sum(weight.nbytes for weight in model_weights if weight not in read and places[weight] in mine)
+
+
+def _place_in_layer(weight: Weight, layer_paths: frozenset[str]) -> tuple[str, str, int] | None:
+    layer = layer_of(weight.name, layer_paths)
+    if layer is None:
+        return None
+    return layer.rpartition(".")[0], weight.name.removeprefix(layer), weight.nbytes
 
 
 def input_index(placeholder: fx.Node) -> int | None:

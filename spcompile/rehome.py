@@ -176,7 +176,7 @@ class RehomedCall:
         return store
 
     def _call(self, store: PageStore, args: Sequence[Any]) -> Any:
-        self.graphs[0].runtime.place_again()
+        self.graphs[0].runtime.place_again(self.weights, args)
         uploads = {
             index: self._up(store, index, value) for index, value in enumerate(args) if isinstance(value, Tensor)
         }

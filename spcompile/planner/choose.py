@@ -70,17 +70,23 @@ class TradeoffPoint:
     plan: Plan
 
 
-def choose_fastest(graph: Plan, capacity_bytes: int, preferred: Collection[int] = ()) -> Plan:
+def choose_fastest(
+    graph: Plan, capacity_bytes: int, preferred: Collection[int] = (), *, share_bytes: int | None = None
+) -> Plan:
     """The plan with the shortest predicted iteration whose weights fit; of equally fast ones the one that moves least.
 
     Args:
         graph: what is to be placed; where it is placed so far does not matter.
         capacity_bytes: device memory for weights, leftovers included.
         preferred: pages to keep resident before all others.
+        share_bytes: the part of it that is for this graph; it takes more only for the smallest plan, and all of it
+            unless given. Where not all weights fit into it, some are streamed.
 
     Raises:
         OptionError: even the smallest plan does not fit.
     """
+    if share_bytes is not None and share_bytes < min(capacity_bytes, graph.weights_bytes):
+        return _choose_within_share(graph, capacity_bytes, preferred, share_bytes)
     plans = list(_candidates(graph, capacity_bytes, preferred))
     if not plans:
         raise OptionError(
@@ -89,6 +95,15 @@ def choose_fastest(graph: Plan, capacity_bytes: int, preferred: Collection[int] 
         )
     best = min(plans, key=_cost)
     return _improve(best, capacity_bytes, preferred) if best.machine is not None and _is_irregular(best) else best
+
+
+def _choose_within_share(graph: Plan, capacity_bytes: int, preferred: Collection[int], share_bytes: int) -> Plan:
+    """The fastest plan that fits into a share which is too small for all weights; the smallest that streams at all
+    where none does."""
+    with suppress(OptionError):
+        return choose_fastest(graph, share_bytes, preferred)
+    smallest = min(_all_streamed(graph), key=lambda plan: plan.peak_weight_bytes)
+    return smallest if smallest.peak_weight_bytes <= capacity_bytes else choose_fastest(graph, capacity_bytes)
 
 
 def choose_leanest(
@@ -153,15 +168,20 @@ def _smallest(graph: Plan) -> Plan:
     """Everything streamed through as little as its steps read at once; or all resident where that is less, as room for
     what is streamed is rounded up."""
     everything = stream(graph, range(len(graph.pages)), len(graph.pages), 1)
+    return min(everything, *_all_streamed(graph), key=lambda plan: plan.peak_weight_bytes)
+
+
+def _all_streamed(graph: Plan) -> list[Plan]:
+    """Everything streamed through as little as its steps read at once: in equal slots, and packed."""
     widest_bytes = max((sum(graph.pages[page].slot_bytes for page in pages) for pages in _needs(graph)), default=0)
-    plans = [everything, stream(graph, (), max(1, _widest(graph, ())), 1)]
+    plans = [stream(graph, (), max(1, _widest(graph, ())), 1)]
     for percent in ROOM_PERCENTS:
         try:
             plans.append(stream_in_room(graph, (), align(widest_bytes * percent // 100)))
             break
         except ValueError:  # too much is lost between pages of different sizes
             continue
-    return min(plans, key=lambda plan: plan.peak_weight_bytes)
+    return plans
 
 
 def _candidates(graph: Plan, capacity_bytes: int, preferred: Collection[int], *, search: bool = True) -> Iterator[Plan]:

@@ -41,6 +41,7 @@ def place_graph(
     max_slowdown: float | None = None,
     residents: Collection[int] = (),
     elsewhere_pages: int = 0,
+    alike_bytes: int = 0,
 ) -> Plan:
     """Plan one graph.
 
@@ -55,6 +56,9 @@ def place_graph(
             kept before all others, as far as they fit.
         elsewhere_pages: pages that only other graphs of the model read. k counts them, too: only where it covers them
             all is everything resident.
+        alike_bytes: of the weights that only other graphs read, those of layers like this graph's. They have their
+            share of ``capacity_bytes``: pieces between graph breaks would take all of it one after the other, and a
+            graph that is called for many layers has no loads for what stays.
 
     Raises:
         OptionError: k or m is out of range, k is less than the most pages that one step reads, or ``capacity_bytes``
@@ -69,7 +73,8 @@ def place_graph(
     if max_slowdown is not None:
         return choose_leanest(graph, max_slowdown, capacity_bytes, residents)
     assert capacity_bytes is not None
-    return choose_fastest(graph, capacity_bytes, residents)
+    share_bytes = capacity_bytes * graph.weights_bytes // max(1, graph.weights_bytes + alike_bytes)
+    return choose_fastest(graph, capacity_bytes, residents, share_bytes=share_bytes)
 
 
 def _check_options(k: int | None, m: int | None) -> None:

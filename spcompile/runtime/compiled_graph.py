@@ -95,7 +95,7 @@ class CompiledGraph:
                 if store.hosted and self.layout.is_backward:
                     store.hosted.begin_backward(store)
                 if not self.is_rehomed:
-                    runtime.place_again()
+                    runtime.place_again(self.weight_places, args)
                 if store.copies_follow and not self.is_rehomed:
                     return self._run_on_copies(runtime, store, args)
                 return self._run(runtime, store, args)

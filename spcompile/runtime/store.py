@@ -474,7 +474,23 @@ class PageStore:
         at_home = dict.fromkeys([*plan.mapped, *(interval.page for interval in plan.intervals)])
         staying = [weight for page in plan.residents for weight in plan.pages[page].weights]
         self.make_offloaded(self._own(weight for page in at_home for weight in plan.pages[page].weights))
+        self._make_room(plan)
         self.make_resident(self._own([*staying, *plan.leftovers]))
+
+    def _make_room(self, plan: Plan) -> None:
+        """Send away what stays for graphs of other parts of the model, as far as a budget has no room for it."""
+        if plan.budget_bytes is None:
+            return
+        mine = {weight.name for page in plan.pages for weight in page.weights} | {each.name for each in plan.leftovers}
+        others = [each for each in self.weights.values() if each.resident is not None and each.name not in mine]
+        excess_bytes = sum(each.nbytes for each in others) + plan.peak_bytes() - plan.budget_bytes
+        leaving = []
+        for weight in sorted(others, key=lambda each: each.nbytes, reverse=True):
+            if excess_bytes <= 0:
+                break
+            leaving.append(weight.name)
+            excess_bytes -= weight.nbytes
+        self.make_offloaded(leaving)
 
     def place_again(self, plan: Plan) -> None:
         """`place` for a graph that is about to run, and that another one may have left without its residents, or with

@@ -39,7 +39,7 @@ from torch import Tensor
 from spcompile.ir import Interval, Page, Plan
 from spcompile.runtime.arena import Arena, Tenant
 from spcompile.runtime.store import PageStore
-from spcompile.runtime.weights import WeightView
+from spcompile.runtime.weights import WeightView, tag_on
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,8 @@ class Transfers(torch.nn.Module):
         self._binding: Binding = ()
         self._is_shared = False
         self._moves_seen: int | None = None
+        self._n_read = sum(len(page.weights) for page in plan.pages) + len(plan.leftovers)
+        self._staying = {weight.name for page in plan.residents for weight in plan.pages[page].weights}
         self._next: dict[Binding, tuple[weakref.ref[Transfers], tuple[Page, ...]]] = {}
         self._n_ahead = 0
         starts = () if layout.is_backward else enumerate(plan.intervals)
@@ -116,11 +118,27 @@ class Transfers(torch.nn.Module):
         """The page store; None once the model is gone, or was restored."""
         return self._store()
 
-    def place_again(self) -> None:
-        """Before the arguments are looked at: have the weights where the plan wants them, if any have moved."""
+    def place_again(self, weights: Mapping[int, WeightView], arguments: Sequence[Any]) -> None:
+        """Before the arguments are looked at: have the weights where the plan wants them, if any have moved.
+
+        Where the graph is called for another layer than its own, what stays of its own stays of that one, too: the
+        planner has left room for all layers that are alike.
+
+        Args:
+            weights: which arguments are weights, and how the graph sees its own ones.
+            arguments: of the call.
+        """
         store = self.store
         if self._moves_seen != store.moves:
             store.place_again(self.plan)
+            self._moves_seen = store.moves
+        if not self._staying or len(store.weights) <= self._n_read:
+            return
+        given = ((view.weight, tag_on(arguments[index])) for index, view in weights.items())
+        names = [tag.name for own, tag in given if own in self._staying and tag is not None and tag.name != own]
+        others = [name for name in names if name in store.weights and store.weights[name].resident is None]
+        if others:
+            store.make_resident(others)
             self._moves_seen = store.moves
 
     def begin(self, weights: Sequence[Tensor]) -> None:
@@ -413,7 +431,7 @@ class InPlace(torch.nn.Module):
     def live_store(self) -> None:
         """There is none."""
 
-    def place_again(self) -> None:
+    def place_again(self, weights: Mapping[int, WeightView], arguments: Sequence[Any]) -> None:
         """Nothing: the weights are where the caller has them."""
 
     def begin(self, weights: Sequence[Tensor]) -> None:

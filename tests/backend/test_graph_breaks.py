@@ -127,6 +127,40 @@ def test_one_graph_serves_all_layers_of_a_loop(way: str, caplog: pytest.LogCaptu
     assert side.store.arena.memory.numel() < sum(each.nbytes for each in side.model.parameters()) / 2
 
 
+@WAYS
+@pytest.mark.parametrize("after", [MIDDLE, LOOP])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_a_budget_is_that_of_all_graphs(way: str, after: tuple[int, ...], part: float) -> None:
+    """Each graph took it for itself; and one that serves all layers kept its own and read the others over the link."""
+    weights_bytes = sum(each.nbytes for each in Broken(after).parameters())
+    budget = int(part * weights_bytes)
+    side = Side(after, way, k=None, m=None, budget=budget)
+    for _ in range(3):
+        events = side.call()
+    assert copied(events)
+    beside_bytes = max(runtime.plan.beside_bytes() for runtime in side.store.runtimes())
+    assert side.store.device_bytes() + beside_bytes <= budget
+    read = set(copied(events))
+    moved = {weight.name for page in side.store.pages if page.name in read for weight in page.weights}
+    assert set(at_home(side.store)) <= moved, "nothing is read over the link"
+
+
+def at_home(store: PageStore) -> list[str]:
+    """The weights of layers that are not on the device. (Where a loop breaks in its body, the head is left eager.)"""
+    return [each.name for each in store.weights.values() if each.resident is None and not each.name.startswith("head")]
+
+
+@WAYS
+@pytest.mark.parametrize("after", [MIDDLE, LOOP])
+@pytest.mark.parametrize("factor", [None, 2])
+def test_where_all_fits_all_stays_whatever_graph_reads_it(way: str, after: tuple[int, ...], factor: int | None) -> None:
+    weights_bytes = sum(each.nbytes for each in Broken(after).parameters())
+    side = Side(after, way, k=None, m=None, budget=None if factor is None else factor * weights_bytes)
+    side.call()
+    assert copied(side.call()) == []
+    assert at_home(side.store) == []
+
+
 @pytest.mark.parametrize(("k", "streams"), [(2, True), (3, True), (6, True), (7, False), (100, False)])
 def test_k_counts_the_pages_of_all_graphs(k: int, streams: bool) -> None:
     """The first graph has three pages, but k = 3 is not "all pages" of the model."""
