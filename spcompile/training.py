@@ -61,8 +61,9 @@ def host_parameters(
     watch_optimizers()
     found = [_host_parameter(each, master_dtype) for each in parameters]
     for store in {tag.store for tag in map(tag_of, parameters) if tag is not None}:
-        store.settle()
-        store.hosted.show_gradients(store)  # of a backward before this call
+        with store.lock:
+            store.settle()
+            store.hosted.show_gradients(store)  # of a backward before this call
     return found
 
 

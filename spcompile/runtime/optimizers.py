@@ -38,17 +38,19 @@ def watch_optimizers() -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # the hook's
     for store in _stores(optimizer):
         if store.hosted or store.rehomed:  # the host is about to write what copies read
-            store.settle()
-            store.hosted.follow_zeroing(store)
-            store.hosted.show_gradients(store)
+            with store.lock:
+                store.settle()
+                store.hosted.follow_zeroing(store)
+                store.hosted.show_gradients(store)
 
 
 @_disable_dynamo
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # the hook's
     for store in _stores(optimizer):
-        if store.hosted:
-            store.hosted.write_masters(store)
-        store.touch()
+        with store.lock:
+            if store.hosted:
+                store.hosted.write_masters(store)
+            store.touch()
         _tell_where_the_state_is(optimizer, store)
 
 

@@ -22,13 +22,14 @@ the stores that it touched. Edits through ``.data`` leave no trace at all: ``spc
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,6 +61,20 @@ from spcompile.runtime.weights import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _locked(method: Method) -> Method:
+    """A method of the page store that waits until no iteration is issued."""
+
+    @functools.wraps(method)
+    def call(self: PageStore, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast("Method", call)
 
 
 class PageStore:
@@ -128,6 +143,7 @@ class PageStore:
 
     # What looks at a weight.
 
+    @_locked
     def add(self, weight: StoredWeight, tensors: Iterable[Tensor]) -> None:
         """Take a weight in and let these tensors look at it, whatever they looked at before.
 
@@ -162,6 +178,7 @@ class PageStore:
         setattr(tensor, TAG, Tag(self, name))
         self._tensors[name].append(TensorWeakRef(tensor))
 
+    @_locked
     def adopt(self, other: PageStore, name: str, new_name: str) -> None:
         """Take over a weight of another store of the same kind, under a name that is free here. Nothing is copied."""
         assert (other.device, other.rehomed) == (self.device, self.rehomed)
@@ -170,6 +187,7 @@ class PageStore:
         weight.name = new_name
         self.add(weight, tensors)
 
+    @_locked
     def release(self, name: str, device: torch.device) -> None:
         """Make the weight an ordinary storage on ``device`` for all its tensors, and forget it."""
         weight = self.weights[name]
@@ -295,6 +313,7 @@ class PageStore:
         self._pieces.clear()
         self._addresses.clear()
 
+    @_locked
     def make_resident(self, names: Iterable[str]) -> None:
         """Give these weights device copies, which the device uses from now on.
 
@@ -312,6 +331,7 @@ class PageStore:
                 self._point(weight, copy)
         self.settle()
 
+    @_locked
     def make_offloaded(self, names: Iterable[str]) -> None:
         """Give these weights homes, and their device memory back; the device reads the homes from now on.
 
@@ -387,6 +407,7 @@ class PageStore:
             look_at(tensor, weight.current)
         self._moved()
 
+    @_locked
     def master_on_host(self) -> None:
         """From now on the homes are what counts: every weight gets one, and the model's tensors look there.
 
@@ -461,10 +482,12 @@ class PageStore:
                 torch.autograd.graph.increment_version(tensor)
         self._copied[name] = self.version([name])
 
+    @_locked
     def settle(self) -> None:
         """Wait for every copy and kernel that may still read or write a weight."""
         self.arena.streams.synchronize()
 
+    @_locked
     def place(self, plan: Plan) -> None:
         """Put the weights where the plan wants them: residents and leftovers on the device, other pages on the host.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -221,6 +222,33 @@ def test_two_threads_take_turns() -> None:
         thread.join()
     assert not wrong
     side.call()
+
+
+@pytest.mark.parametrize("way", ["offloaded", "re-homed"])
+def test_an_optimizer_steps_beside_a_running_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens around a step waits until no iteration is issued."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the assertion below tells
+    side = Side(MIDDLE, way)
+    side.call()
+    optimizer = torch.optim.SGD(spcompile.host_parameters(side.model), lr=0.0)
+    calls = []
+
+    def work() -> None:
+        for _ in range(40):
+            side.call()
+            calls.append(True)
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while thread.is_alive():
+            optimizer.step()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert len(calls) == 40
 
 
 OPERATIONS = ["side_wait", "side_copy", "side_record", "compute_wait", "compute_record", "freed"]
