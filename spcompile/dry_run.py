@@ -1,8 +1,8 @@
 """A call of a model as torch.compile would see it, up to the plan, and not a step further.
 
 What: Dynamo captures the model on its inputs exactly as it would for the backend, the passes go as far as the plan, and
-nothing is compiled, moved or executed. Why so: what is planned is what would run. With graph breaks the pieces before
-the last one have to run (eagerly) for Dynamo to get further, and each piece has a plan of its own.
+nothing is compiled, moved or executed. Why so: what is planned is what would run. With graph breaks the pieces have to
+run (eagerly) for Dynamo to get further, and each has a plan of its own.
 
 The odd cases: neither the model's values nor the GPU have to be here (``absent``); a model on the CPU is planned for
 the compute device, and its pieces run on the CPU (``rehome``).

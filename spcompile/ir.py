@@ -446,7 +446,7 @@ class Plan:
         At each position the order is: send the gradients that the step before made, evict what it used last, prefetch,
         load, run. Copies that should have been started before are asked for again at the start of each graph, by the
         iteration before or in training by the forward graph: a prefetch is a hint, and costs nothing where the copy is
-        already there (design.md, decision 6).
+        already there (design.md, decision 4).
 
         Args:
             steps: of one of the `graphs`; None: all of them, one behind the other.
@@ -557,7 +557,7 @@ class Plan:
 
 class Plans(tuple[Plan, ...]):
     """The plans of the graphs of one model, in the order of their capture: prompt and next token, the pieces between
-    graph breaks, forward and backward.
+    graph breaks, training and evaluation.
 
     They share pages, residents and the arena, so sums over them mean little; maxima and unions are given.
     """

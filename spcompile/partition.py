@@ -3,7 +3,7 @@
 torch's min-cut partitioner chooses which values forward saves for backward. Left alone it saves what derives from
 weights, too: transposed views, casts under autocast. A saved view would alias a slot that is long somebody else's
 when backward runs; a saved cast is a second copy of the weight. Both are recomputed from the page instead, so they
-are marked before the partitioner sees the graph (design.md, known traps).
+are marked before the partitioner sees the graph (design.md, decision 7).
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def plan_guessed(
     """The plan of a model for the first example inputs that can be traced, or for its weights alone.
 
     Args:
-        model: with or without values. Where it has values and graph breaks, the pieces before the last one run.
+        model: with or without values. Where it has values and graph breaks, the pieces run.
         options: what is asked for.
         shape: of the main input, where it is known; then there is no plan for anything else.
         advice: what to do where no inputs can be guessed.

@@ -1,7 +1,7 @@
 """Compile each distinct segment once.
 
 Identical layers have identical sub-modules (``split_segments`` gives them canonical names), so a model of 32 layers
-has three or four distinct ones; its first call costs what those cost (design.md, decision 4). The key of a segment is
+has three or four distinct ones; its first call costs what those cost (design.md, decision 15). The key of a segment is
 its text: operators, arguments, constants, and shape, stride, dtype and device of every input.
 
 Segments are compiled by Inductor's `compile_fx` (it keeps the strides that tracing recorded for the outputs, which the

@@ -2,7 +2,7 @@
 
 What: as many resident bytes as fit beside the slots of the window, spread evenly among the streamed pages.
 Why: for a cyclic order, keeping a fixed set resident moves the fewest bytes (Belady), and a copy hides behind the
-compute of the residents before it (docs/design.md, decision 5).
+compute of the residents before it (docs/design.md, decision 18).
 
     6 pages of which 2 fit beside two slots      R S S R S S      R resident, S streamed
 

@@ -2,7 +2,7 @@
 
 All graphs of a model share the arena, each with slots of its own choosing, so the account is kept by byte range and
 not by slot: a `Tenant` is a page (and version) in a range, and whoever wants a range turns out every tenant that it
-touches. This is what makes a prefetch a hint (design.md, decision 6): `Arena.find` tells whether the wanted page is
+touches. This is what makes a prefetch a hint (design.md, decision 4): `Arena.find` tells whether the wanted page is
 in place or on its way, whatever happened in between - another graph, an exception, a recompile.
 """
 

@@ -40,7 +40,7 @@ TOUCH_BYTES = 16 << 20
 """What one thread fills at a time. Large enough that handing it out costs nothing (16 MiB take 3 ms or more)."""
 
 TOUCH_THREADS = 16
-"""Most threads that fill fresh memory: one thread first touches 1.3 GB/s, sixteen 5 (design.md, decision 2)."""
+"""Most threads that fill fresh memory: one thread first touched 1.3 GB/s, sixteen 5 (an H100's host)."""
 
 BLOCK_BYTES = 256 << 20
 """A block is closed when the next weight would take it past this: large enough that most layers cross at most once from

@@ -1,8 +1,7 @@
-"""Two streams and the events between them: on a GPU, and on the emulated device.
+"""Three streams and the events between them: on a GPU, and on the emulated device.
 
 [Note: who waits for whom]
-    Weights are copied on a side stream while segments run on the compute stream. Two waits keep them apart, and
-    nothing else does:
+    Weights are copied on a side stream while segments run on the compute stream. Two waits keep them apart:
 
     1. *Compute waits for the copy.* A load makes the compute stream wait for the event recorded behind the copy.
        Without it a segment reads a slot that is half written.
@@ -17,12 +16,19 @@
     4. *Compute waits for the copy* before the gradient's memory on the device is used for something else, and before
        anybody reads the gradient in host memory.
 
+    And two at the begin of things:
+
+    5. *The first copy of an iteration waits for what compute did before it*, which may have written the weights
+       themselves (`Transfers.begin`).
+    6. *Copies into a new arena wait for what compute did before*: whoever had this memory may still be at it
+       (`Arena.reserve`).
+
     Copies one way are issued on one stream, so they do not overtake each other. The compute stream is whatever stream
     is current at the moment of each call, never one remembered from before. ``record_stream`` is not used: slots are
     never given back to the allocator while a plan lives, and gradients only once compute waits for their copies.
 
-The **emulated device** has the CPU stand in for the GPU. Work is queued, not done: compute in one queue, copies in
-the other, exactly like a GPU whose host runs ahead by a whole iteration. `EmulatedStreams.drain` then executes the
+The **emulated device** has the CPU stand in for the GPU. Work is queued, not done: compute in one queue, copies each
+way in one more, as on a GPU whose host runs ahead by a whole iteration. `EmulatedStreams.drain` then executes the
 queues. Each copy runs at the earliest or at the latest moment that its waits allow, which a seeded generator decides;
 freed slots are filled with 0xFF at the moment compute frees them. So a wait that is missing in either direction reads
 poison or the wrong page under some seed. It cannot show hardware races or timing.
