@@ -147,24 +147,30 @@ class Transfers(torch.nn.Module):
         arena = store.arena
         arena.reserve(self.plan.arena_bytes)
         self._bind(store, weights)
+        self._versions = {
+            page: store.version([weight.name for weight in self._pages[page].weights]) for page in self.page_inputs
+        }
         if not self._continues(store):
             arena.release_all()
         self._held.clear()
         self._sent = None
         self._began = arena.streams.compute_record()
-        self._versions = {
-            page: store.version([weight.name for weight in self._pages[page].weights]) for page in self.page_inputs
-        }
         self.phase = self._fitting_phase(arena)
         self._remember_order(store)
         self.note("begin", self.phase)
 
     def _continues(self, store: PageStore) -> bool:
-        """Whether the graph before this one was the forward of this backward: what it left held is for this one."""
+        """Whether the graph before this one was the forward of this backward: what it left held is for this one.
+
+        Not if anything of it is stale by now: a step of an optimizer, or weights that have moved for another graph.
+        """
         reference, binding = store.latest or (None, ())
         before = reference() if reference is not None else None
-        is_forward = before is not None and before.is_forward_of(self.plan)
-        return self.layout.is_backward and is_forward and binding == self._binding
+        if not self.layout.is_backward or before is None or not before.is_forward_of(self.plan):
+            return False
+        wanted = {(self._pages[page].name, version) for page, version in self._versions.items()}
+        left = ((tenant.page, tenant.version) for tenant in store.arena.tenants if tenant.held)
+        return binding == self._binding and wanted.issuperset(left)
 
     def is_forward_of(self, plan: Plan) -> bool:
         """Whether this is the forward graph of that plan for training."""
@@ -378,7 +384,7 @@ class Transfers(torch.nn.Module):
             if name is None or argument.storage_offset() != view.storage_offset:
                 return False
             names[view.weight] = name
-            if not store.rehomed:
+            if not store.copies_follow:
                 store.attach(argument, name)  # its edits count from now on
         bound = store.page_like(page, names)
         if bound is None:

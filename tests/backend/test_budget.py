@@ -442,3 +442,40 @@ def test_in_training_a_slowdown_that_gradients_on_their_way_exceed_keeps_all() -
     assert isinstance(lean, Plan)
     assert lean.gradients_bytes > 0
     assert lean.peak_bytes() < plan.peak_bytes()
+
+
+@pytest.mark.parametrize("way", ["offloaded", "re-homed", "with host parameters"])
+@pytest.mark.parametrize(
+    "between", ["evaluation", "another plan", "step of another part", "host parameters", "nothing"]
+)
+def test_what_happens_between_forward_and_backward(way: str, between: str) -> None:
+    """What forward leaves on the device for backward may be stale, or gone, by then."""
+    plain = make().train()
+    unused = nn.Linear(WIDTH, WIDTH)
+    body = make().train()
+    model = nn.Sequential(body, unused)
+    if way != "re-homed":
+        spcompile.offload(model, device="cpu")
+    if way == "with host parameters":
+        spcompile.host_parameters(model)
+    x = torch.randn(3, WIDTH)
+    budget = planned(plain, x, k=100).peak_bytes()  # evaluation can keep everything, training cannot
+    fast, narrow = compiled(body, budget=budget), compiled(body, k=2)
+    optimizer = torch.optim.SGD(spcompile.host_parameters(unused) if "host" in way else unused.parameters(), 0.1)
+    for _ in range(3):
+        loss = fast(x).square().mean()
+        plain(x).square().mean().backward()
+        if between == "evaluation":
+            with torch.no_grad():
+                assert torch.equal(fast(x), plain(x))
+        elif between == "another plan":
+            narrow(x)
+        elif between == "step of another part":
+            unused(x).sum().backward()
+            optimizer.step()
+        elif between == "host parameters" and way != "re-homed":
+            spcompile.host_parameters(model)
+        loss.backward()
+        for mine, other in zip(body.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
+            mine.grad = other.grad = None
