@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spcompile.cuda_decompositions import Table, as_for_cuda
 from spcompile.errors import OffloadError
-from spcompile.graph import memory_roots, written_inputs
+from spcompile.graph import memory_roots, tensors_of, written_inputs
 from spcompile.ir import Machine, Page, Weight
 from spcompile.joint import gradients_of
 from spcompile.module_tree import canonical_path, find_layer_paths, layer_of
@@ -213,10 +213,11 @@ class Capture:
     def _add_backward(self, program: Program, backward: fx.GraphModule) -> None:
         """Tie the program of a backward graph to that of its forward graph."""
         self.written.update(_written_indices(backward.graph))
+        outputs: Any = backward.graph.output_node().args[0]
         gradients = {
             output: index
             for output, source in gradients_of(program.graph, backward.graph)
-            if (index := input_index(source)) in self.weights and index is not None
+            if (index := input_index(source)) in self.weights and index is not None and _is_dense(outputs[output])
         }
         program.backward = replace(
             program,
@@ -296,6 +297,11 @@ def _elsewhere_pages(known_pages: Sequence[Page], model_weights: Sequence[Weight
     outside_bytes = sum(weight.nbytes for weight, layer in unread.items() if layer is None)
     has_outside = outside_bytes * LEFTOVER_FRACTION > max((weight.nbytes for weight in model_weights), default=0)
     return len(others) + len(set(unread.values()) - {None}) + has_outside
+
+
+def _is_dense(gradient: fx.Node) -> bool:
+    """Whether it is an ordinary tensor. A sparse one, of an embedding, stays where it is."""
+    return all(tensor.layout is torch.strided for tensor in tensors_of(gradient))
 
 
 def _alike_bytes(model_weights: Sequence[Weight], read: Set[Weight]) -> int:

@@ -39,7 +39,9 @@ def host_parameters(
 
     From the first call on the model's weights are updated on the host: eager code reads them over the link, and weights
     that a plan keeps on the device are copied there again after each step. Edits of a host parameter in place count
-    like those of any weight; `spcompile.refresh` is for edits through ``.data``.
+    like those of any weight; `spcompile.refresh` is for edits through ``.data``. Those of a copy in another precision
+    reach the weight, and edits of the weight (a checkpoint that is loaded) the copy, when a compiled graph of the model
+    runs or an optimizer steps. Hooks of gradients belong on the model's parameters: on the host's none is called.
 
     Args:
         model: offloaded, or on the GPU and compiled with this backend, or some of its parameters. A model on the CPU

@@ -94,6 +94,8 @@ class CompiledGraph:
             with store.lock:
                 if store.hosted and self.layout.is_backward:
                     store.hosted.begin_backward(store)
+                elif store.hosted:
+                    store.hosted.follow_edits(store)
                 if not self.is_rehomed:
                     runtime.place_again(self.weight_places, args)
                 if store.copies_follow and not self.is_rehomed:

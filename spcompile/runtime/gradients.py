@@ -89,6 +89,8 @@ class GradientMemory:
 
     def find(self, tensor: Tensor) -> GradientBuffer | None:
         """The buffer in whose memory a tensor of the compute device lies."""
+        if tensor.layout is not torch.strided:  # a sparse one has no storage
+            return None
         buffer = self._by_address.get(tensor.untyped_storage().data_ptr())
         return buffer if buffer is not None and tensor.numel() else None
 

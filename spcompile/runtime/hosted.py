@@ -16,7 +16,7 @@ was changed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import TensorWeakRef
 
 from spcompile.errors import OptionError
-from spcompile.runtime.weights import real_tensors, tag_of
+from spcompile.runtime.weights import real_tensors, tag_of, version_of
 
 if TYPE_CHECKING:
     from spcompile.runtime.store import PageStore
@@ -40,7 +40,8 @@ class _Pair:
     Attributes:
         name: of the weight.
         is_master: whether the one on the host has memory of its own, in another precision.
-        shown: the gradient of the model's parameter that the host's shows, and the versions of both since they agree.
+        shown: the gradients of the model's parameter and of the host's since they agree, and their versions then.
+        versions: of a master: those of both parameters since they agree.
         is_watched: whether a backward is noticed that gives the model's parameter a gradient.
     """
 
@@ -48,28 +49,46 @@ class _Pair:
     host: TensorWeakRef
     name: str
     is_master: bool
-    shown: tuple[TensorWeakRef, int, int] | None = None
+    shown: tuple[TensorWeakRef, int, TensorWeakRef, int] | None = None
+    versions: tuple[int, int] | None = None
     is_watched: bool = False
 
     def follow_zeroing(self, store: PageStore) -> None:
-        """If the gradient was set to None, or changed, on one side, have it so on the other one."""
+        """If the gradient was set to None, changed or replaced on one side, have it so on the other one."""
         model, host = self.model(), self.host()
         if self.shown is None or model is None or host is None:
             return
-        gradient, _, host_version = self.shown
-        if model.grad is None:
-            host.grad, self.shown = None, None
-        elif model.grad is not gradient():
-            return
-        elif host.grad is None:
-            model.grad, self.shown = None, None
-        elif store.gradients.find(model.grad) is None and host.grad._version != host_version:
-            model.grad.copy_(host.grad)
+        gradient, _, shown, shown_version = self.shown
+        if model.grad is None or host.grad is None:
+            model.grad, host.grad, self.shown = None, None, None
+        elif host.grad is not shown() or (model.grad is gradient() and host.grad._version != shown_version):
+            if not self._is_one_memory(store, model.grad, host.grad):
+                model.grad.copy_(host.grad)
             self.agree(model.grad, host.grad)
+
+    @staticmethod
+    def _is_one_memory(store: PageStore, gradient: Tensor, shown: Tensor) -> bool:
+        buffer = store.gradients.find(gradient)
+        return buffer is not None and shown.layout is torch.strided and shown.data_ptr() == buffer.memory.data_ptr()
 
     def agree(self, gradient: Tensor, shown: Tensor) -> None:
         """The gradient of the model's parameter and that of the host's are the same now."""
-        self.shown = TensorWeakRef(gradient), gradient._version, shown._version
+        self.shown = TensorWeakRef(gradient), gradient._version, TensorWeakRef(shown), shown._version
+
+    def follow_edits(self, store: PageStore) -> None:
+        """Of a master: if either parameter was edited since they agree, the other follows it, or else the master."""
+        model, host = self.model(), self.host()
+        if not self.is_master or model is None or host is None or self.name not in store.weights:
+            return
+        versions = version_of(model), version_of(host)
+        if versions == self.versions:
+            return
+        home = _looking_at(store.weights[self.name].host, model)
+        if self.versions is None or versions[1] != self.versions[1]:
+            home.copy_(host)
+        else:
+            host.copy_(home)
+        self.versions = version_of(model), version_of(host)
 
     def watch(self, store: PageStore, model: Tensor) -> None:
         """Have a backward noticed before it adds to the gradient of the model's parameter."""
@@ -96,6 +115,7 @@ class HostParameters:
         self._running: dict[int, weakref.ref[Callable[[], None]]] = {}
         """The backwards that have begun, by number, with what each calls at its end."""
         self._last = -1
+        self._has_masters = False
 
     def __bool__(self) -> bool:
         return bool(self._pairs)
@@ -119,6 +139,7 @@ class HostParameters:
                 raise OptionError(
                     f"the host parameter of {pair.name!r} is of {host.dtype}, not of {dtype or parameter.dtype}"
                 )
+            host.requires_grad_(parameter.requires_grad)
             return host
         return self._make(store, parameter, dtype)
 
@@ -134,6 +155,9 @@ class HostParameters:
         pair = _Pair(TensorWeakRef(parameter), TensorWeakRef(host), tag.name, is_master)
         if parameter.requires_grad:
             pair.watch(store, parameter)
+        if is_master:
+            self._has_masters = True
+            pair.versions = version_of(parameter), version_of(host)
         self._pairs[id(parameter)] = pair
         return host
 
@@ -210,12 +234,27 @@ class HostParameters:
             for pair in self._pairs.values():
                 pair.follow_zeroing(store)
 
-    def write_masters(self, store: PageStore) -> None:
-        """After an optimizer step: copies in another precision go to the weights' homes."""
-        with real_tensors():
+    def follow_edits(self, store: PageStore) -> None:
+        """Edits of copies in another precision, or of the weights that they are copies of, reach the other side."""
+        if not self._has_masters:
+            return
+        with real_tensors(), torch.no_grad():
+            for pair in self._pairs.values():
+                pair.follow_edits(store)
+
+    def stepped(self, store: PageStore, parameters: Iterable[Tensor]) -> None:
+        """After an optimizer step: copies in another precision go to the weights' homes, and autograd learns that the
+        model's parameters have changed, so that a backward that needs them as they were says so."""
+        given = {id(each) for each in parameters}
+        with real_tensors(), torch.no_grad():
             for pair, model, host in self._living():
-                if pair.is_master and pair.name in store.weights:
-                    _looking_at(store.weights[pair.name].host, model).copy_(host)
+                if id(host) not in given or host.grad is None:
+                    continue
+                pair.versions = None  # fused optimizers count none
+                pair.follow_edits(store)
+                if not model.is_inference():
+                    torch.autograd.graph.increment_version(model)
+                pair.versions = version_of(model), version_of(host)
 
 
 def _looking_at(memory: Tensor, parameter: Tensor) -> Tensor:

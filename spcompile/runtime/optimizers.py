@@ -42,6 +42,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
                 store.settle()
                 store.hosted.follow_zeroing(store)
                 store.hosted.show_gradients(store)
+                store.hosted.follow_edits(store)
 
 
 @_disable_dynamo
@@ -49,7 +50,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
     for store in _stores(optimizer):
         with store.lock:
             if store.hosted:
-                store.hosted.write_masters(store)
+                store.hosted.stepped(store, _parameters(optimizer))
             store.touch()
         _tell_where_the_state_is(optimizer, store)
 

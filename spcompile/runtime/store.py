@@ -58,6 +58,7 @@ from spcompile.runtime.weights import (
     tag_of,
     tag_on,
     untag,
+    version_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -604,7 +605,7 @@ class PageStore:
 
     def version(self, names: Iterable[str]) -> Hashable:
         """Changes whenever a copy of one of these weights may have become stale."""
-        return self.generation, tuple(_version(tensor) for name in names for tensor in self.tensors_of(name))
+        return self.generation, tuple(version_of(tensor) for name in names for tensor in self.tensors_of(name))
 
     def touch(self) -> None:
         """Say that any weight may have changed: all copies are stale."""
@@ -640,10 +641,6 @@ class _Run:
 def find_store(tensors: Iterable[Tensor]) -> PageStore | None:
     """The store of the first of these tensors that looks at a stored weight."""
     return next((tag.store for tensor in tensors if (tag := tag_of(tensor)) is not None), None)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _free_name(name: str, taken: Container[str]) -> str:

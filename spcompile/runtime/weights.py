@@ -131,6 +131,11 @@ def tag_on(tensor: Tensor) -> Tag | None:
     return tag if isinstance(tag, Tag) else None
 
 
+def version_of(tensor: Tensor) -> int:
+    """The version counter; 0 of a tensor that has none, being made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def untag(tensor: Tensor) -> None:
     """Make a tensor an untagged one, wherever it looks."""
     if hasattr(tensor, TAG):

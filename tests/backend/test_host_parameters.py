@@ -719,3 +719,159 @@ def test_nothing_is_left_on_a_parameter_that_was_restored() -> None:
         model(torch.randn(2, 4)).sum().backward()
         spcompile.restore(model, "cpu")
     assert not any(each._backward_hooks for each in model.parameters())
+
+
+MASTER = torch.float32
+
+
+class Masters(Both):
+    """A model in bf16 whose optimizer works on copies in fp32, and a plain one with such copies made by hand."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.plain = Mixed().bfloat16()
+        self.model = copy.deepcopy(self.plain)
+        self.is_compiled = True
+        spcompile.offload(self.model, "cpu")
+        self.model.body.compile(**STREAM)
+        self.hosts = host_parameters(self.model, master_dtype=MASTER)
+        self.copies = [nn.Parameter(each.detach().float()) for each in self.plain.parameters()]
+        self.sides = [(self.plain, self.copies), (self.model, self.hosts)]
+        self.optimizers = [torch.optim.SGD(parameters, 0.1) for _, parameters in self.sides]
+
+    def backward(self, loss: Callable[[Mixed, Tensor], Tensor]) -> None:
+        x = torch.randn(4, 8, dtype=torch.bfloat16)
+        for each, _ in self.sides:
+            loss(each, x).backward()  # type: ignore[no-untyped-call]
+        for one, master in zip(self.plain.parameters(), self.copies, strict=True):
+            assert one.grad is not None
+            master.grad = one.grad.float()
+
+    def step(self, to_none: bool) -> None:
+        super().step(to_none)
+        self.plain.zero_grad()
+        self.round_copies()
+
+    def round_copies(self) -> None:
+        with torch.no_grad():
+            for one, master in zip(self.plain.parameters(), self.copies, strict=True):
+                one.copy_(master)
+
+
+def test_masters_whose_gradients_are_zeroed_in_place() -> None:
+    """They share no memory with the model's, which went on adding up."""
+    both = Masters()
+    for _ in range(4):
+        both.backward(mean_square)
+        both.step(to_none=False)
+    both.assert_same_weights()
+
+
+@pytest.mark.parametrize("side", ["model", "masters"])
+def test_masters_follow_edits_of_the_weights_and_the_other_way_round(side: str) -> None:
+    """A checkpoint that was loaded into the model was overwritten by the next step; a master's edit waited for it."""
+    both = Masters()
+    for step in range(4):
+        both.backward(mean_square)
+        with torch.no_grad():
+            if step == 1 and side == "model":
+                both.model.load_state_dict({name: each * 0.5 for name, each in both.plain.state_dict().items()})
+                for one, master in zip(both.plain.parameters(), both.copies, strict=True):
+                    master.copy_(one * 0.5)
+            elif step == 1:
+                for each in (*both.copies, *both.hosts):
+                    each.mul_(0.5)
+                both.round_copies()
+                x = torch.randn(2, 8, dtype=torch.bfloat16)
+                both.model.body(x)  # a compiled graph: from here on
+                both.assert_same_weights()
+        both.step(to_none=True)
+    both.assert_same_weights()
+
+
+def test_a_gradient_that_is_replaced_on_the_host() -> None:
+    both = Both(is_compiled=True)
+    for _ in range(3):
+        for _ in range(2):
+            both.backward(mean_square)
+            for _, parameters in both.sides:
+                for each in parameters:
+                    assert each.grad is not None
+                    each.grad = each.grad * 0.5
+        both.step(to_none=False)
+    both.assert_same_weights()
+
+
+def test_a_gradient_that_is_replaced_on_the_model_and_set_to_none_on_the_host() -> None:
+    """As DistributedDataParallel does, whose buckets become the gradients behind a backward."""
+    both = Both(is_compiled=False)
+    for _ in range(3):
+        both.backward(mean_square)
+        for parameter in both.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.clone()
+        for optimizer in both.optimizers:
+            optimizer.zero_grad()
+        both.backward(mean_square)
+        both.assert_same_gradients()
+        both.step(to_none=True)
+    both.assert_same_weights()
+
+
+def test_parameters_that_are_unfrozen_later() -> None:
+    model = spcompile.offload(Mixed(), "cpu")
+    model.body.requires_grad_(False)
+    assert [each.requires_grad for each in host_parameters(model)] == [
+        each.requires_grad for each in model.parameters()
+    ]
+    model.body.requires_grad_(True)
+    model.stem.requires_grad_(False)
+    hosts = host_parameters(model)
+    assert [each.requires_grad for each in hosts] == [each.requires_grad for each in model.parameters()]
+    model(torch.randn(2, 8)).sum().backward()
+    assert [each.grad is not None for each in hosts] == [each.grad is not None for each in model.parameters()]
+
+
+def test_a_step_between_forward_and_backward_is_refused() -> None:
+    """As autograd does for any parameters: the backward would have worked with other weights."""
+    both = Both(is_compiled=True)
+    losses = [mean_square(both.model, torch.randn(4, 8)) for _ in range(2)]
+    losses[1].backward()  # type: ignore[no-untyped-call]
+    both.optimizers[1].step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[0].backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("way", ["re-homed", "offloaded", "with host parameters"])
+@pytest.mark.parametrize("k", [2, 9])
+def test_sparse_gradients(way: str, k: int) -> None:
+    """They have no storage to be sent to, and stay where autograd leaves them."""
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.body = nn.Embedding(20, 8, sparse=True), Body()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y: Tensor = self.body(self.embed(tokens))
+            return y
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = Sparse()
+    model = copy.deepcopy(plain)
+    if way != "re-homed":
+        spcompile.offload(model, "cpu")
+    parameters = host_parameters(model) if "host" in way else list(model.parameters())
+    fast = torch.compile(model, backend="superpipeline", options={**STREAM["options"], "k": k})
+    optimizers = [torch.optim.SGD(each, 0.1) for each in (parameters, list(plain.parameters()))]
+    for _ in range(3):
+        tokens = torch.randint(0, 20, (4,))
+        for call in (fast, plain):
+            call(tokens).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(other, one)
