@@ -22,6 +22,7 @@ from spcompile.ir import ALIGNMENT_BYTES, Interval, Plan
 from spcompile.passes import make_schedule as make_schedule_module
 from spcompile.passes.base import Pass, Program
 from spcompile.passes.insert_transfers import insert_transfers
+from spcompile.runtime.arena import Arena
 from spcompile.runtime.streams import EmulatedEvent, EmulatedStreams
 from tests.running import Run, compile_offloaded
 
@@ -88,6 +89,59 @@ def test_without_a_wait_results_are_wrong(monkeypatch: pytest.MonkeyPatch, wait:
     """Compute waits for the copy; the copy waits for the last reader: [Note: who waits for whom]."""
     monkeypatch.setattr(EmulatedStreams, wait, lambda *_: None)
     assert not make_case(k, m).is_right()
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, EmulatedEvent | None]]:
+    """What the emulated device is asked for from now on: events of compute, waits of copies for events, and copies."""
+    found: list[tuple[str, EmulatedEvent | None]] = []
+    record, wait, copy_ = EmulatedStreams.compute_record, EmulatedStreams.side_wait, EmulatedStreams.side_copy
+
+    def compute_record(streams: EmulatedStreams) -> EmulatedEvent:
+        event = record(streams)
+        found.append(("record", event))
+        return event
+
+    def side_wait(streams: EmulatedStreams, event: EmulatedEvent) -> None:
+        found.append(("wait", event))
+        wait(streams, event)
+
+    def side_copy(streams: EmulatedStreams, target: Tensor, source: Tensor) -> None:
+        found.append(("copy", None))
+        copy_(streams, target, source)
+
+    monkeypatch.setattr(EmulatedStreams, "compute_record", compute_record)
+    monkeypatch.setattr(EmulatedStreams, "side_wait", side_wait)
+    monkeypatch.setattr(EmulatedStreams, "side_copy", side_copy)
+    return found
+
+
+def test_the_first_copy_of_an_iteration_waits_for_what_compute_did_before_it(
+    commands: list[tuple[str, EmulatedEvent | None]],
+) -> None:
+    """It may have written the weights themselves."""
+    case = make_case(2, 1)
+    for seed in range(3):
+        commands.clear()
+        case.call(seed)
+        events = [event for command, event in commands if command == "record"]
+        begun = events[0] if seed else events[1]  # the first call makes the arena before
+        assert ("wait", begun) in commands[: commands.index(("copy", None))]
+
+
+def test_copies_into_a_new_arena_wait_for_what_compute_did_before(
+    commands: list[tuple[str, EmulatedEvent | None]],
+) -> None:
+    """Whoever had this memory before may still be at it."""
+    arena = Arena(torch.device("cpu"), EmulatedStreams())
+    for nbytes in (1024, 4096):
+        commands.clear()
+        arena.reserve(nbytes)
+        ((_, event), last) = commands
+        assert last == ("wait", event)
+    commands.clear()
+    arena.reserve(2048)  # there is more already
+    assert commands == []
 
 
 def test_a_new_arena_is_written_only_after_compute_has_left_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
