@@ -2,7 +2,7 @@
 
 What: Dynamo captures the model on its inputs exactly as it would for the backend, the passes go as far as the plan, and
 nothing is compiled, moved or executed. Why so: what is planned is what would run. With graph breaks the pieces have to
-run (eagerly) for Dynamo to get further, and each has a plan of its own.
+run (eagerly) for Dynamo to get further, and each has a plan of its own; buffers and random numbers are put back then.
 
 The odd cases: neither the model's values nor the GPU have to be here (``absent``); a model on the CPU is planned for
 the compute device, and its pieces run on the CPU (``rehome``).
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from inspect import signature
 from typing import Any
@@ -129,7 +129,8 @@ class DryRun:
                 ) from error
             self.programs.clear()
             self.whole = False
-            self._call(args, kwargs, fullgraph=False)
+            with _left_as_it_was(self.model):
+                self._call(args, kwargs, fullgraph=False)
         return self.programs
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, fullgraph: bool) -> None:
@@ -203,6 +204,28 @@ class DryRun:
         with context:
             capture.trace(compile_graph, plan_graph)
         return piece.forward
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Whatever runs meanwhile, the model's buffers (statistics, caches) and the random numbers are as before."""
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {buffer.device.index for _, _, buffer, _ in before if buffer.device.type == "cuda"}
+    devices |= {each.device.index for each in model.parameters() if each.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            for module, name, buffer, values in before:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, values):  # batch norm's statistics change without another version
+                    with torch.no_grad():
+                        buffer.copy_(values)
 
 
 def forget_failed_call(model: nn.Module) -> None:

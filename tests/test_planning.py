@@ -423,3 +423,32 @@ def test_a_planned_model_is_let_go() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert [each() for each in models] == [None, None]
+
+
+def test_a_model_whose_pieces_ran_is_left_as_it_was() -> None:
+    """With graph breaks they have to run: statistics, counters and random numbers are put back."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+            self.norm, self.dropout = nn.BatchNorm1d(WIDTH), nn.Dropout()
+            self.register_buffer("latest", torch.zeros(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self.dropout(self.norm(layer(x)))
+            torch._dynamo.graph_break()
+            self.latest = x.detach().mean(0)
+            return self.norm(x)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    model = Counting()
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    x = torch.randn(4, WIDTH)
+    random = torch.get_rng_state()
+    assert isinstance(spcompile.plan(model, (x,), k=4, device="cpu"), Plans)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0]
+        assert torch.equal(buffer, before[name][1])
