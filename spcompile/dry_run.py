@@ -224,7 +224,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, values in before:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, values):  # batch norm's statistics change without another version
-                    with torch.no_grad():
+                    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                         buffer.copy_(values)
 
 
