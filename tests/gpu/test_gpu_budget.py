@@ -179,3 +179,38 @@ def test_layers_are_cut_where_copies_of_whole_ones_could_not_run_ahead() -> None
                 turns(x)
     assert all(len(layer.pages) > 1 for layer in cut.plan.layers)
     assert cut.iteration_us < 0.9 * spcompile.explain(turns).iteration_us
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_each_graph_keeps_the_budget_when_it_runs(offloaded: bool) -> None:
+    """Many rows leave room for few residents, one row for many, and they take turns."""
+    model, x = make()
+    inputs = [x, x[:1].clone()]
+    with torch.no_grad():
+        everything: Any = torch.compile(
+            copy.deepcopy(model), backend="superpipeline", options={"k": 100}, dynamic=False
+        )
+        expected = [everything(each) for each in inputs]
+        del everything
+        torch._dynamo.reset()
+        gc.collect()
+        if offloaded:
+            spcompile.offload(model)
+        curve = spcompile.plan(model, (x,), k=2).tradeoff()
+        budget = (curve[0].peak_bytes + curve[-1].peak_bytes) // 2 + sum(each.nbytes for each in expected)
+        fast: Any = torch.compile(model, backend="superpipeline", options={"budget": budget}, dynamic=False)
+        for each in inputs:
+            fast(each)
+        for turn in (0, 1, 1, 0, 0, 1):
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            seen = fast(inputs[turn])
+            torch.cuda.synchronize()
+            assert torch.cuda.max_memory_allocated() <= budget
+            plans = spcompile.plan(fast)
+            assert isinstance(plans, tuple)
+            assert_same(seen, expected[turn], plans[turn])
+            del seen
+    few, many = (len(plan.residents) for plan in plans)
+    assert few < many
