@@ -211,6 +211,5 @@ def test_each_graph_keeps_the_budget_when_it_runs(offloaded: bool) -> None:
             plans = spcompile.plan(fast)
             assert isinstance(plans, tuple)
             assert_same(seen, expected[turn], plans[turn])
+            assert len(plans[0].residents) < len(plans[1].residents)
             del seen
-    few, many = (len(plan.residents) for plan in plans)
-    assert few < many
