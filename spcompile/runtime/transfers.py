@@ -193,13 +193,16 @@ class Transfers(torch.nn.Module):
         """For the graph before this one: start the copies of the first pages that an iteration starts with.
 
         Leaves out those whose place is still in use (they are asked for again when the next place falls free), and
-        those that are on the device for another graph, which may be about to write them.
+        those that are on the device for another graph, which may be about to write them. Does nothing where the arena
+        is too small for this graph: it will have a larger one when it runs.
 
         Args:
             count: how many places are free by now.
             pages: what the next iteration will be bound to.
         """
         store = self.store
+        if store.arena.memory.numel() < self.plan.arena_bytes:
+            return
         heads = [self.plan.intervals[index] for index in self._heads[:count]]
         if count == 1 and heads:
             self._phase_ahead = self._free_phase(store.arena, heads[0])

@@ -129,6 +129,20 @@ def test_one_graph_serves_all_layers_of_a_loop(way: str, caplog: pytest.LogCaptu
 
 
 @WAYS
+def test_nothing_is_prefetched_for_a_graph_whose_arena_is_not_there(way: str) -> None:
+    """Its slots may lie behind the end of the one that is, which is that of a plan with less room."""
+    side = Side(MIDDLE, way)
+    side.call()
+    arena = side.store.arena
+    assert isinstance(arena.streams, EmulatedStreams)
+    (first, _) = side.store.runtimes()
+    arena.shrink(first.plan.arena_bytes - 1)
+    first.prefetch_heads(2, first.plan.pages)
+    assert not arena.streams.side.queue
+    side.call()
+
+
+@WAYS
 @pytest.mark.parametrize("after", [MIDDLE, LOOP])
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
 def test_a_budget_is_that_of_all_graphs(way: str, after: tuple[int, ...], part: float) -> None:
