@@ -105,7 +105,8 @@ def _has_room_for_all(program: Program, graph: Plan) -> bool:
     """Whether the memory that was asked for, or is free, is enough for all weights at once, those of layers like the
     graph's included."""
     capacity_bytes = _capacity_bytes(program, graph)
-    return capacity_bytes is None or capacity_bytes >= graph.weights_bytes + program.alike_bytes
+    wanted_bytes = graph.weights_bytes + program.alike_bytes + program.kept_bytes
+    return capacity_bytes is None or capacity_bytes >= wanted_bytes
 
 
 def _has_room(program: Program, graph: Plan) -> bool:
@@ -275,8 +276,14 @@ def _place(program: Program, graph: Plan) -> Plan:
     """Place as asked for: by k and m, by a budget, by a slowdown, or by the memory that is free."""
     options = program.options
     residents = tuple(index for index, page in enumerate(graph.pages) if page.name in program.known_residents)
-    elsewhere = {"elsewhere_pages": program.elsewhere_pages, "alike_bytes": program.alike_bytes}
-    place = partial(place_graph, graph, residents=residents, **elsewhere)
+    place = partial(
+        place_graph,
+        graph,
+        residents=residents,
+        elsewhere_pages=program.elsewhere_pages,
+        alike_bytes=program.alike_bytes,
+        kept_bytes=program.kept_bytes,
+    )
     if options.k is not None:
         _check_pages_of_parts(program, graph, options.k)
         return place(k=options.k, m=options.m)

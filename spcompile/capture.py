@@ -202,7 +202,11 @@ class Capture:
             free_bytes += store.device_bytes()  # what is placed already can be placed again
         read = {each.weight for each in weights.values()}
         program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read)
-        program.alike_bytes = _alike_bytes(self.model_weights, read)
+        alike = _alike(self.model_weights, read)
+        program.alike_bytes = sum(weight.nbytes for weight in alike)
+        if store is not None:
+            others = (weight for weight in self.model_weights if weight not in read and weight not in alike)
+            program.kept_bytes = sum(weight.nbytes for weight in others if store.is_resident(weight))
         program.free_bytes = free_bytes
         program.machine = find_machine_for(device, self.options)
         program.other_bytes = self._other_bytes(device, store)
@@ -304,13 +308,13 @@ def _is_dense(gradient: fx.Node) -> bool:
     return all(tensor.layout is torch.strided for tensor in tensors_of(gradient))
 
 
-def _alike_bytes(model_weights: Sequence[Weight], read: Set[Weight]) -> int:
-    """Bytes of the weights that a graph does not read and that have in their layers the place that one has which it
-    reads: another graph will read these, or this one will be called for those layers, too."""
+def _alike(model_weights: Sequence[Weight], read: Set[Weight]) -> frozenset[Weight]:
+    """The weights that a graph does not read and that have in their layers the place that one has which it reads:
+    another graph will read these, or this one will be called for those layers, too."""
     layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in model_weights)
     places = {weight: _place_in_layer(weight, layer_paths) for weight in model_weights}
     mine = {places[weight] for weight in read if weight in places} - {None}
-    return sum(weight.nbytes for weight in model_weights if weight not in read and places[weight] in mine)
+    return frozenset(weight for weight in model_weights if weight not in read and places[weight] in mine)
 
 
 def _place_in_layer(weight: Weight, layer_paths: frozenset[str]) -> tuple[str, str, int] | None:

@@ -42,6 +42,7 @@ def place_graph(
     residents: Collection[int] = (),
     elsewhere_pages: int = 0,
     alike_bytes: int = 0,
+    kept_bytes: int = 0,
 ) -> Plan:
     """Plan one graph.
 
@@ -59,6 +60,7 @@ def place_graph(
         alike_bytes: of the weights that only other graphs read, those of layers like this graph's. They have their
             share of ``capacity_bytes``: pieces between graph breaks would take all of it one after the other, and a
             graph that is called for many layers has no loads for what stays.
+        kept_bytes: what other graphs keep on the device; it goes only where this graph needs it for its smallest plan.
 
     Raises:
         OptionError: k or m is out of range, k is less than the most pages that one step reads, or ``capacity_bytes``
@@ -73,7 +75,8 @@ def place_graph(
     if max_slowdown is not None:
         return choose_leanest(graph, max_slowdown, capacity_bytes, residents)
     assert capacity_bytes is not None
-    share_bytes = capacity_bytes * graph.weights_bytes // max(1, graph.weights_bytes + alike_bytes)
+    left_bytes = max(0, capacity_bytes - kept_bytes)
+    share_bytes = left_bytes * graph.weights_bytes // max(1, graph.weights_bytes + alike_bytes)
     return choose_fastest(graph, capacity_bytes, residents, share_bytes=share_bytes)
 
 

@@ -529,8 +529,6 @@ class PageStore:
             self.place(plan)
         except OffloadError as error:
             logger.warning("%s; the device reads these weights in host memory", error)
-        if plan.budget_bytes is not None and self.device_bytes() + plan.beside_bytes() > plan.budget_bytes:
-            self.arena.shrink(plan.arena_bytes)
 
     def trim_arena(self, compiled_with: Hashable) -> None:
         """Keep no larger arena than the graphs of one torch.compile call need: the options given last count. Graphs of
@@ -560,13 +558,14 @@ class PageStore:
 
     def resident_pages(self) -> list[str]:
         """Names of the pages that are wholly on the device."""
-        return [page.name for page in self.pages if page.weights and all(map(self._is_resident, page.weights))]
+        return [page.name for page in self.pages if page.weights and all(map(self.is_resident, page.weights))]
 
     def any_resident(self, page: Page) -> bool:
         """Whether a part of the page has a device copy."""
-        return any(map(self._is_resident, page.weights))
+        return any(map(self.is_resident, page.weights))
 
-    def _is_resident(self, weight: Weight) -> bool:
+    def is_resident(self, weight: Weight) -> bool:
+        """Whether the weight has a device copy."""
         return weight.name in self.weights and self.weights[weight.name].resident is not None
 
     def device_bytes(self) -> int:

@@ -28,6 +28,7 @@ See [Note: who waits for whom] in ``streams.py``.
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Transfers(torch.nn.Module):
         self._binding: Binding = ()
         self._is_shared = False
         self._moves_seen: int | None = None
+        self._room_bytes = math.inf if plan.budget_bytes is None else plan.budget_bytes - plan.beside_bytes()
         self._n_read = sum(len(page.weights) for page in plan.pages) + len(plan.leftovers)
         self._staying = {weight.name for page in plan.residents for weight in plan.pages[page].weights}
         self._next: dict[Binding, tuple[weakref.ref[Transfers], tuple[Page, ...]]] = {}
@@ -132,6 +134,8 @@ class Transfers(torch.nn.Module):
         if self._moves_seen != store.moves:
             store.place_again(self.plan)
             self._moves_seen = store.moves
+        if store.arena.memory.numel() > self.plan.arena_bytes and store.device_bytes() > self._room_bytes:
+            store.arena.shrink(self.plan.arena_bytes)  # it is that of another graph
         if not self._staying or len(store.weights) <= self._n_read:
             return
         given = ((view.weight, tag_on(arguments[index])) for index, view in weights.items())

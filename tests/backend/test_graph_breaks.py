@@ -160,6 +160,47 @@ def test_a_budget_is_that_of_all_graphs(way: str, after: tuple[int, ...], part: 
     assert set(at_home(side.store)) <= moved, "nothing is read over the link"
 
 
+class TwoTowers(nn.Module):
+    """Two stacks of layers that are not alike, a graph each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.wide = nn.ModuleList(Block() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.narrow:
+            x = torch.tanh(layer(x))
+        torch._dynamo.graph_break()
+        for layer in self.wide:
+            x = layer(x)
+        return x
+
+
+@WAYS
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 2])
+def test_what_other_graphs_keep_on_the_device_counts(way: str, part: float) -> None:
+    torch._dynamo.reset()
+    model = TwoTowers().eval()
+    plain = copy.deepcopy(model)
+    weights_bytes = sum(each.nbytes for each in model.parameters())
+    if way == "offloaded":
+        spcompile.offload(model, device="cpu")
+    options: dict[str, Any] = {"compiler": "eager", "budget": int(part * weights_bytes)}
+    if way == "on the device":
+        options["device"] = "cpu"
+    fast = torch.compile(model, backend="superpipeline", options=options)
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(fast(x), plain(x))
+    store = find_store(model.parameters())
+    assert store is not None
+    plans = [runtime.plan for runtime in store.runtimes()]
+    assert store.device_bytes() + max(plan.beside_bytes() for plan in plans) <= options["budget"]
+    assert any(plan.intervals for plan in plans) == (part < 1)
+
+
 def at_home(store: PageStore) -> list[str]:
     """The weights of layers that are not on the device. (Where a loop breaks in its body, the head is left eager.)"""
     return [each.name for each in store.weights.values() if each.resident is None and not each.name.startswith("head")]
