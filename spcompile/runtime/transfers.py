@@ -138,9 +138,9 @@ class Transfers(torch.nn.Module):
             store.arena.shrink(self.plan.arena_bytes)  # it is that of another graph
         if not self._staying or len(store.weights) <= self._n_read:
             return
-        given = ((view.weight, tag_on(arguments[index])) for index, view in weights.items())
-        names = [tag.name for own, tag in given if own in self._staying and tag is not None and tag.name != own]
-        others = [name for name in names if name in store.weights and store.weights[name].resident is None]
+        given = (tag_on(arguments[index]) for index, view in weights.items() if view.weight in self._staying)
+        names = [tag.name for tag in given if tag is not None and tag.store is store and tag.name in store.weights]
+        others = [name for name in names if name not in self._staying and store.weights[name].resident is None]
         if others:
             store.make_resident(others)
             self._moves_seen = store.moves
