@@ -62,6 +62,7 @@ class Program:
         elsewhere_pages: how many pages the parts of the model make, or will make, that this graph does not read.
         alike_bytes: of those, the weights of layers that are like the ones that it reads.
         kept_bytes: the weights of the others that are on the device.
+        others_beside_bytes: most memory beside weights that graphs of other parts need.
         known_pages: pages that earlier graphs of the same model made; a weight never changes its page.
         known_leftovers: weights that earlier graphs of the same model left outside the pages.
         known_residents: names of pages that earlier graphs keep on the device.
@@ -94,6 +95,7 @@ class Program:
     elsewhere_pages: int = 0
     alike_bytes: int = 0
     kept_bytes: int = 0
+    others_beside_bytes: int = 0
     known_pages: tuple[Page, ...] = ()
     known_leftovers: frozenset[Weight] = frozenset()
     known_residents: frozenset[str] = frozenset()

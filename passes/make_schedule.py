@@ -105,7 +105,7 @@ def _has_room_for_all(program: Program, graph: Plan) -> bool:
     """Whether the memory that was asked for, or is free, is enough for all weights at once, those of layers like the
     graph's included."""
     capacity_bytes = _capacity_bytes(program, graph)
-    wanted_bytes = graph.weights_bytes + program.alike_bytes + program.kept_bytes
+    wanted_bytes = graph.weights_bytes + program.alike_bytes + _kept_bytes(program, graph)
     return capacity_bytes is None or capacity_bytes >= wanted_bytes
 
 
@@ -123,6 +123,11 @@ def _capacity_bytes(program: Program, graph: Plan) -> int | None:
     if options.budget is not None:
         return options.budget - graph.beside_bytes()
     return None if program.free_bytes is None else free_capacity_bytes(program.free_bytes, graph)
+
+
+def _kept_bytes(program: Program, graph: Plan) -> int:
+    """What is no room for this graph's residents: what others keep, and what they alone need beside weights."""
+    return program.kept_bytes + max(0, program.others_beside_bytes - graph.beside_bytes())
 
 
 def _merge_limit_bytes(program: Program, graph: Plan) -> int:
@@ -282,7 +287,7 @@ def _place(program: Program, graph: Plan) -> Plan:
         residents=residents,
         elsewhere_pages=program.elsewhere_pages,
         alike_bytes=program.alike_bytes,
-        kept_bytes=program.kept_bytes,
+        kept_bytes=_kept_bytes(program, graph),
     )
     if options.k is not None:
         _check_pages_of_parts(program, graph, options.k)

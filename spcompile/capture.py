@@ -207,6 +207,7 @@ class Capture:
         if store is not None:
             others = (weight for weight in self.model_weights if weight not in read and weight not in alike)
             program.kept_bytes = sum(weight.nbytes for weight in others if store.is_resident(weight))
+            program.others_beside_bytes = store.beside_bytes_of_others(read)
         program.free_bytes = free_bytes
         program.machine = find_machine_for(device, self.options)
         program.other_bytes = self._other_bytes(device, store)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from spcompile.absent import ABSENT_GPU_BYTES, is_absent, rehome_for_absent_gpu, stand_in_inputs, stand_ins
@@ -209,23 +210,28 @@ class DryRun:
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Whatever runs meanwhile, the model's buffers (statistics, caches) and the random numbers are as before."""
-    before = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {buffer.device.index for _, _, buffer, _ in before if buffer.device.type == "cuda"}
-    devices |= {each.device.index for each in model.parameters() if each.device.type == "cuda"}
+    tables = [(module, dict(module._buffers)) for module in model.modules()]
+    buffers = [each for _, table in tables for each in table.values() if each is not None and not is_lazy(each)]
+    values = [buffer.detach().clone() for buffer in buffers]
+    devices = {each.device.index for each in (*buffers, *model.parameters()) if each.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             yield
         finally:
-            for module, name, buffer, values in before:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, values):  # batch norm's statistics change without another version
-                    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                        buffer.copy_(values)
+            for module, table in tables:
+                module._buffers.clear()
+                module._buffers.update(table)
+            for buffer, value in zip(buffers, values, strict=True):
+                _put_back(buffer, value)
+
+
+def _put_back(buffer: Tensor, value: Tensor) -> None:
+    is_plain = buffer.layout is torch.strided and buffer.shape == value.shape
+    if not is_plain:
+        buffer.data = value
+    elif not torch.equal(buffer, value):  # batch norm's statistics change without another version
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            buffer.copy_(value)
 
 
 def forget_failed_call(model: nn.Module) -> None:

@@ -281,6 +281,7 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, store: PageStore, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.store = store
+        ctx.set_materialize_grads(False)  # what nobody used has no gradient
         return tuple(tensor.detach() for tensor in tensors[len(tensors) // 2 :])
 
     @staticmethod

@@ -56,7 +56,12 @@ class _Pair:
     def follow_zeroing(self, store: PageStore) -> None:
         """If the gradient was set to None, changed or replaced on one side, have it so on the other one."""
         model, host = self.model(), self.host()
-        if self.shown is None or model is None or host is None:
+        if model is None or host is None:
+            return
+        if self.shown is None:
+            if model.grad is None and host.grad is not None:  # set by hand, before anything was shown
+                model.grad = host.grad.to(model.device, model.dtype, copy=True)
+                self.agree(model.grad, host.grad)
             return
         gradient, _, shown, shown_version = self.shown
         if model.grad is None or host.grad is None:
@@ -86,6 +91,7 @@ class _Pair:
         home = _looking_at(store.weights[self.name].host, model)
         if self.versions is None or versions[1] != self.versions[1]:
             home.copy_(host)
+            store.touch()  # the home has no version
         else:
             host.copy_(home)
         self.versions = version_of(model), version_of(host)
@@ -182,6 +188,8 @@ class HostParameters:
                 else:
                     host.grad.copy_(model.grad)
                 pair.agree(model.grad, host.grad)
+                if not pair.is_watched and model.requires_grad:  # it was frozen, and none of backward is compiled
+                    pair.watch(store, model)
 
     @staticmethod
     def _is_news(pair: _Pair, gradient: Tensor) -> bool:

@@ -27,7 +27,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -357,7 +357,9 @@ class PageStore:
             for weight in moving:
                 self._point(weight, None)
         self._forget_views()
+        unchanged = [name for name, version in self._copied.items() if version == self.version([name])]
         self.touch()  # a slot may hold the weight as it was before it was resident
+        self._copied.update((name, self.version([name])) for name in unchanged)  # copies beside it are what they were
         _report_held(left)
 
     def _forget_views(self) -> None:
@@ -517,18 +519,34 @@ class PageStore:
         self.make_offloaded(leaving)
 
     def place_again(self, plan: Plan) -> None:
-        """`place` for a graph that is about to run, and that another one may have left without its residents, or with
-        more of them than its budget allows. That takes as long as the copies of what moves.
+        """`place` for a graph that is about to run, and that one which reads the same pages may have left without its
+        residents, or with more of them than its budget allows. That takes as long as the copies of what moves.
 
-        A graph that reads less than half of the model has to do with what is there: pieces between graph breaks would
-        send what they share to and fro.
+        Where no graph reads mostly the same, nothing moves: pieces between graph breaks would send what they share to
+        and fro with every iteration.
         """
-        if 2 * plan.weights_bytes < sum(weight.nbytes for weight in self.weights.values()):
+        read = _weights_of(plan)
+        if not any(are_rivals(read, _weights_of(each.plan)) for each in self.runtimes() if each.plan is not plan):
             return
         try:
             self.place(plan)
         except OffloadError as error:
             logger.warning("%s; the device reads these weights in host memory", error)
+
+    def keep(self, names: Iterable[str], room_bytes: float) -> None:
+        """Make weights resident if that leaves no more on the device than so many bytes, and there is room for them."""
+        wanted = [name for name in names if self.weights[name].resident is None]
+        if self.device_bytes() + sum(self.weights[name].nbytes for name in wanted) > room_bytes:
+            return
+        try:
+            self.make_resident(wanted)
+        except OffloadError as error:
+            logger.warning("%s; the device reads these weights in host memory", error)
+
+    def beside_bytes_of_others(self, read: Set[Weight]) -> int:
+        """Most memory beside weights that graphs of other parts of the model need, next to what this one keeps."""
+        others = (each.plan for each in self.runtimes() if not are_rivals(read, _weights_of(each.plan)))
+        return max((plan.beside_bytes() for plan in others), default=0)
 
     def trim_arena(self, compiled_with: Hashable) -> None:
         """Keep no larger arena than the graphs of one torch.compile call need: the options given last count. Graphs of
@@ -640,6 +658,16 @@ class _Run:
 def find_store(tensors: Iterable[Tensor]) -> PageStore | None:
     """The store of the first of these tensors that looks at a stored weight."""
     return next((tag.store for tensor in tensors if (tag := tag_of(tensor)) is not None), None)
+
+
+def _weights_of(plan: Plan) -> frozenset[Weight]:
+    return frozenset(weight for page in plan.pages for weight in page.weights)
+
+
+def are_rivals(one: Set[Weight], other: Set[Weight]) -> bool:
+    """Whether two graphs read mostly the same weights: of all that they read, more than half in common."""
+    common_bytes = sum(weight.nbytes for weight in one & other)
+    return 2 * common_bytes > sum(weight.nbytes for weight in one | other)
 
 
 def _free_name(name: str, taken: Container[str]) -> str:

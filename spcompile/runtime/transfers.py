@@ -124,7 +124,7 @@ class Transfers(torch.nn.Module):
         """Before the arguments are looked at: have the weights where the plan wants them, if any have moved.
 
         Where the graph is called for another layer than its own, what stays of its own stays of that one, too: the
-        planner has left room for all layers that are alike.
+        planner has left room for all layers that are alike by name. Of others, as long as there is some.
 
         Args:
             weights: which arguments are weights, and how the graph sees its own ones.
@@ -142,7 +142,7 @@ class Transfers(torch.nn.Module):
         names = [tag.name for tag in given if tag is not None and tag.store is store and tag.name in store.weights]
         others = [name for name in names if name not in self._staying and store.weights[name].resident is None]
         if others:
-            store.make_resident(others)
+            store.keep(others, self._room_bytes)
             self._moves_seen = store.moves
 
     def begin(self, weights: Sequence[Tensor]) -> None:

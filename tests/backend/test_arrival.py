@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spcompile
 from spcompile import rehome
+from spcompile.ir import Plan
 from spcompile.runtime.store import PageStore, find_store
 from tests.running import Run, moved_by_plan
 
@@ -551,6 +552,56 @@ def test_a_model_that_enables_gradients_itself() -> None:
         for rows in (4, 4, 3):
             x = torch.randn(rows, WIDTH)
             torch.testing.assert_close(fast(x), plain(x))
+
+
+def test_parameters_that_only_no_grad_uses_have_no_gradient() -> None:
+    """They had one of zeros, which weight decay and momentum take for a gradient."""
+
+    class Detached(Stack):
+        def forward(self, tokens: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.layers[0](self.embed(tokens))
+            for layer in self.layers[1:]:
+                x = layer(x)
+            y: Tensor = self.head(x)
+            return y
+
+    model, plain = pair(Detached)
+    model.eval()
+    plain.eval()
+    for call in (compiled(model), plain):
+        call(tokens()).square().mean().backward()
+    seen = [each.grad is None for each in model.parameters()]
+    assert seen == [each.grad is None for each in plain.parameters()]
+    assert any(seen)
+
+
+@pytest.mark.parametrize("between", [True, False])
+def test_another_graph_between_forward_and_backward(between: bool) -> None:
+    """It sent some weights away, and those that stayed were copied again, over what autograd had saved."""
+    model, plain = pair()
+    model.eval()
+    plain.eval()
+    peak_bytes = planned_peak_bytes(plain)
+    fast = compiled(model, k=None, budget=peak_bytes)
+    for _ in range(3):
+        loss = fast(tokens()).square().mean()
+        if between:
+            with torch.no_grad():
+                for rows in (1, 3):
+                    fast(tokens(rows, 7))
+        loss.backward()
+        plain(tokens()).square().mean().backward()
+        for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+            mine.grad = other.grad = None
+
+
+def planned_peak_bytes(model: nn.Module) -> int:
+    """Of training with half of the layers on the device at a time."""
+    plan = spcompile.plan(model, (tokens(),), k=4, device="cpu", compiler="eager")
+    assert isinstance(plan, Plan)
+    return plan.peak_bytes()
 
 
 def test_a_tensor_subclass_on_the_cpu_is_refused_by_name() -> None:

@@ -152,6 +152,9 @@ def test_a_budget_is_that_of_all_graphs(way: str, after: tuple[int, ...], part: 
     side = Side(after, way, k=None, m=None, budget=budget)
     for _ in range(3):
         events = side.call()
+    moves = side.store.moves
+    side.call()
+    assert side.store.moves == moves, "no weight goes to and fro"
     assert copied(events)
     beside_bytes = max(runtime.plan.beside_bytes() for runtime in side.store.runtimes())
     assert side.store.device_bytes() + beside_bytes <= budget
@@ -196,6 +199,10 @@ def test_what_other_graphs_keep_on_the_device_counts(way: str, part: float) -> N
             assert torch.equal(fast(x), plain(x))
     store = find_store(model.parameters())
     assert store is not None
+    moves = store.moves
+    with torch.no_grad():
+        fast(x)
+    assert store.moves == moves, "no weight goes to and fro"
     plans = [runtime.plan for runtime in store.runtimes()]
     assert store.device_bytes() + max(plan.beside_bytes() for plan in plans) <= options["budget"]
     assert any(plan.intervals for plan in plans) == (part < 1)

@@ -875,3 +875,45 @@ def test_sparse_gradients(way: str, k: int) -> None:
             optimizer.zero_grad()
         for one, other in zip(plain.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(other, one)
+
+
+def test_parameters_that_are_unfrozen_where_all_is_eager() -> None:
+    """Nobody watched them, and what they had been given was dropped at the step."""
+    both = Both(is_compiled=False)
+    both.plain.requires_grad_(False)
+    both.model.requires_grad_(False)
+    both.hosts = host_parameters(both.model)
+    for each in (both.plain, both.model):
+        each.requires_grad_(True)
+    both.sides = [(both.plain, list(both.plain.parameters())), (both.model, host_parameters(both.model))]
+    for _ in range(4):
+        both.backward(mean_square)
+        both.step(to_none=True)
+    both.assert_same_weights()
+
+
+def test_a_gradient_that_is_set_by_hand_before_the_first_backward() -> None:
+    both = Both(is_compiled=True)
+    for _, parameters in both.sides:
+        for each in parameters:
+            each.grad = torch.ones_like(each)
+    both.backward(mean_square)
+    both.assert_same_gradients()
+
+
+def test_masters_that_are_edited_before_anything_runs() -> None:
+    """Weights that stay on the device were copied as they had been, and counted as up to date."""
+    model = spcompile.offload(Body().bfloat16(), "cpu")
+    masters = host_parameters(model, master_dtype=MASTER)
+    with torch.no_grad():
+        for each in masters:
+            each.mul_(2)
+    plain = Body().bfloat16()
+    with torch.no_grad():
+        for one, master in zip(plain.parameters(), masters, strict=True):
+            one.copy_(master)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="superpipeline", options={**STREAM["options"], "k": 9})
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(fast(x), plain(x))
