@@ -201,8 +201,9 @@ class Capture:
             program.known_residents = frozenset(store.resident_pages())
             free_bytes += store.device_bytes()  # what is placed already can be placed again
         read = {each.weight for each in weights.values()}
-        program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read)
-        alike = _alike(self.model_weights, read)
+        layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in self.model_weights)
+        program.elsewhere_pages = _elsewhere_pages(program.known_pages, self.model_weights, read, layer_paths)
+        alike = _alike(self.model_weights, read, layer_paths)
         program.alike_bytes = sum(weight.nbytes for weight in alike)
         if store is not None:
             others = (weight for weight in self.model_weights if weight not in read and weight not in alike)
@@ -288,12 +289,13 @@ def _written_indices(graph: fx.Graph) -> Iterator[int]:
                 yield index
 
 
-def _elsewhere_pages(known_pages: Sequence[Page], model_weights: Sequence[Weight], read: Set[Weight]) -> int:
+def _elsewhere_pages(
+    known_pages: Sequence[Page], model_weights: Sequence[Weight], read: Set[Weight], layer_paths: frozenset[str]
+) -> int:
     """How many pages the weights make that a graph does not read: those of other graphs, and an estimate of those that
     no graph has read so far (one for each layer, and one for what lies outside unless it is small)."""
     page_of = {weight: page for page in known_pages for weight in page.weights}
     others = set(page_of.values()) - {page_of[weight] for weight in read if weight in page_of}
-    layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in model_weights)
     unread = {
         weight: layer_of(weight.name, layer_paths)
         for weight in model_weights
@@ -309,10 +311,9 @@ def _is_dense(gradient: fx.Node) -> bool:
     return all(tensor.layout is torch.strided for tensor in tensors_of(gradient))
 
 
-def _alike(model_weights: Sequence[Weight], read: Set[Weight]) -> frozenset[Weight]:
+def _alike(model_weights: Sequence[Weight], read: Set[Weight], layer_paths: frozenset[str]) -> frozenset[Weight]:
     """The weights that a graph does not read and that have in their layers the place that one has which it reads:
     another graph will read these, or this one will be called for those layers, too."""
-    layer_paths = find_layer_paths((weight.name, weight.nbytes) for weight in model_weights)
     places = {weight: _place_in_layer(weight, layer_paths) for weight in model_weights}
     mine = {places[weight] for weight in read if weight in places} - {None}
     return frozenset(weight for weight in model_weights if weight not in read and places[weight] in mine)

@@ -98,8 +98,8 @@ class CompiledGraph:
                     store.hosted.follow_edits(store)
                 if not self.is_rehomed:
                     runtime.place_again(self.weight_places, args)
-                if store.copies_follow and not self.is_rehomed:
-                    return self._run_on_copies(runtime, store, args)
+                    if store.copies_follow:
+                        return self._run_on_copies(runtime, store, args)
                 return self._run(runtime, store, args)
 
     def _run(self, runtime: Transfers | InPlace, store: PageStore, args: list[Any]) -> Any:

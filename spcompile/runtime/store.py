@@ -507,7 +507,7 @@ class PageStore:
         """Send away what stays for graphs of other parts of the model, as far as a budget has no room for it."""
         if plan.budget_bytes is None:
             return
-        mine = {weight.name for page in plan.pages for weight in page.weights} | {each.name for each in plan.leftovers}
+        mine = {weight.name for weight in (*_weights_of(plan), *plan.leftovers)}
         others = [each for each in self.weights.values() if each.resident is not None and each.name not in mine]
         excess_bytes = sum(each.nbytes for each in others) + plan.peak_bytes() - plan.budget_bytes
         leaving = []
@@ -533,13 +533,13 @@ class PageStore:
         except OffloadError as error:
             logger.warning("%s; the device reads these weights in host memory", error)
 
-    def keep(self, names: Iterable[str], room_bytes: float) -> None:
-        """Make weights resident if that leaves no more on the device than so many bytes, and there is room for them."""
-        wanted = [name for name in names if self.weights[name].resident is None]
-        if self.device_bytes() + sum(self.weights[name].nbytes for name in wanted) > room_bytes:
+    def keep(self, names: Sequence[str], room_bytes: float) -> None:
+        """Make weights that are at home resident if that leaves no more on the device than so many bytes, and there is
+        room for them."""
+        if self.device_bytes() + sum(self.weights[name].nbytes for name in names) > room_bytes:
             return
         try:
-            self.make_resident(wanted)
+            self.make_resident(names)
         except OffloadError as error:
             logger.warning("%s; the device reads these weights in host memory", error)
 
